@@ -1,0 +1,52 @@
+# Every target makes .venv if it is missing. Nothing here needs a GPU, a download of weights, a container or root.
+#
+#   PYTHON=python3.11    which Python (3.10 to 3.12)
+#   TORCH_INDEX=URL      torch's own package index, where the default build would bring several GB of CUDA
+#   DATA=file            quickstart: train on this file instead of the built-in dialogues
+#
+# make quickstart, seconds of each stage on 2 cores (README has the table): install, train to the half and be killed,
+# resume and finish with answers, report.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -q $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+READY := $(VENV)/.ready
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: quickstart test test-gpu oracle soak bench lint clean
+
+$(READY): pyproject.toml constraints-cpu.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) ..."
+	@$(INSTALL) -c constraints-cpu.txt -e '.[test]'
+	@touch $@
+
+$(VENV)/.oracle: $(READY)
+	@$(INSTALL) -c constraints-cpu.txt -e '.[test,oracle]'
+	@touch $@
+
+quickstart: $(READY)
+	@$(BIN)/python launch/quickstart.py $(if $(DATA),--data $(DATA))
+
+test: $(READY) lint
+	$(BIN)/python -m pytest -m "not soak and not gpu and not oracle"
+
+test-gpu: $(READY)
+	$(BIN)/python -m pytest -m gpu
+
+oracle: $(VENV)/.oracle
+	$(BIN)/python -m pytest -m oracle
+
+soak: $(READY)
+	$(BIN)/python -m pytest -m soak
+
+bench: $(VENV)/.oracle
+	$(BIN)/python benchmarks/sft_speed/run.py
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/pyright --warnings
+
+clean:
+	rm -rf $(VENV) runs *.egg-info

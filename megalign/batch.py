@@ -1,0 +1,114 @@
+"""A microbatch as Megatron's packed (thd) attention takes it: documents end to end in one flat row.
+
+    tokens        a b c d | e f g | . . .     T tokens: documents, then padding
+    labels        b c d . | f g . | . . .     the next token of the same document
+    position_ids  0 1 2 3 | 0 1 2 | 0 1 2     from 0 in each document
+    cu_seqlens    0, 4, 7, 10                 where segments begin; attention never crosses
+
+`Example.loss_mask` speaks of the token itself, `Batch.loss_mask` of the label: the shift by one is made here,
+in `collate`, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+
+class Document(Protocol):
+    """What `collate` needs of an Example."""
+
+    @property
+    def input_ids(self) -> np.ndarray: ...  # [T] integers
+
+    @property
+    def loss_mask(self) -> np.ndarray: ...  # [T] bool; token t is scored
+
+    def __len__(self) -> int: ...
+
+
+@dataclass
+class Batch:
+    """T tokens in n segments: documents, and padding that scores nothing."""
+
+    tokens: torch.Tensor  # [T] int64
+    labels: torch.Tensor  # [T] int64; pad_id where there is no next token
+    loss_mask: torch.Tensor  # [T] bool; labels[t] is scored
+    position_ids: torch.Tensor  # [T] int64
+    cu_seqlens: torch.Tensor  # [n + 1] int32; first 0, last T
+    max_seqlen: int
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on `device`."""
+        tensors = (self.tokens, self.labels, self.loss_mask, self.position_ids, self.cu_seqlens)
+        return Batch(*(tensor.to(device) for tensor in tensors), max_seqlen=self.max_seqlen)
+
+
+def filled_tokens(packs: Sequence[Sequence[Document]], document_multiple: int = 1) -> int:
+    """Tokens the documents take, each rounded up to `document_multiple`: the least `pad_to` of `collate`."""
+    return sum(_round_up(len(document), document_multiple) for pack in packs for document in pack)
+
+
+def collate(
+    packs: Sequence[Sequence[Document]],
+    *,
+    sequence_length: int,
+    pad_id: int,
+    document_multiple: int = 1,
+    pad_to: int | None = None,
+) -> Batch:
+    """Lay m packs out as one batch of T = m * sequence_length tokens, or of `pad_to`.
+
+    document_multiple: each document's segment is padded to a multiple of it (context parallelism cuts every
+    segment in 2 * context_parallel_size equal parts). Without `pad_to` each pack is padded to sequence_length
+    on its own; with it, documents follow each other and all padding comes last. A padding segment is at most
+    sequence_length long. An empty pack is all padding. Raises ValueError where the documents do not fit.
+    """
+    total = len(packs) * sequence_length if pad_to is None else pad_to
+    for name, value in (("sequence_length", sequence_length), ("pad_to", total)):
+        if value % document_multiple:
+            raise ValueError(f"{name} is {value}, not a multiple of document_multiple({document_multiple})")
+    tokens = np.full(total, pad_id, dtype=np.int64)
+    labels = np.full(total, pad_id, dtype=np.int64)
+    loss_mask = np.zeros(total, dtype=bool)
+    bounds = [0]
+
+    for number, pack in enumerate(packs, 1):
+        limit = number * sequence_length if pad_to is None else total
+        for document in pack:
+            start, length = bounds[-1], len(document)
+            bounds.append(start + _round_up(length, document_multiple))
+            if bounds[-1] > limit:
+                raise ValueError(
+                    f"pack {number - 1}: its documents, each rounded up to a multiple of {document_multiple}, end "
+                    f"at token {bounds[-1]}, past {limit}; pack for this document_multiple, or raise pad_to"
+                )
+            tokens[start : start + length] = document.input_ids
+            labels[start : start + length - 1] = document.input_ids[1:]
+            loss_mask[start : start + length - 1] = document.loss_mask[1:]
+        if pad_to is None:
+            _add_padding(bounds, limit, sequence_length)
+    _add_padding(bounds, total, sequence_length)
+
+    lengths = np.diff(bounds)
+    return Batch(
+        tokens=torch.from_numpy(tokens),
+        labels=torch.from_numpy(labels),
+        loss_mask=torch.from_numpy(loss_mask),
+        position_ids=torch.from_numpy(np.arange(total) - np.repeat(bounds[:-1], lengths)),
+        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
+        max_seqlen=int(lengths.max()),
+    )
+
+
+def _add_padding(bounds: list[int], end: int, longest: int) -> None:
+    while bounds[-1] < end:
+        bounds.append(min(bounds[-1] + longest, end))
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -1,0 +1,206 @@
+"""The command line. Everything heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import megalign
+
+app = typer.Typer(
+    name="megalign",
+    help="An end-to-end alignment stack for dialogue models: real tensor, pipeline and expert parallelism, laptop to cluster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_app = typer.Typer(help="Look at training data as the model will see it.", no_args_is_help=True)
+recipes_app = typer.Typer(help="The recipes that come with megalign.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+app.add_typer(recipes_app, name="recipes")
+
+RecipeArgument = Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe that comes with megalign.", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe, e.g. optimizer.lr=1e-4")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print parameters, memory, steps and the first row; load no weights.")]
+
+
+def main() -> None:
+    """Entry point: run a command, turn expected errors into one clear message and exit code 1."""
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    try:
+        app()
+    except Exception as error:
+        from megalign.parallel.local import record_failure
+
+        record_failure(error, expected=_is_expected(error))
+        # A rank must not wait for neighbours that may wait for it.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+@app.command()
+def sft(recipe: RecipeArgument, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Fine-tune on conversations; bare, it starts the local ranks that the layout needs."""
+    _train("sft", recipe, overrides or [], dry_run)
+
+
+@app.command()
+def pretrain(recipe: RecipeArgument, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Train on plain text: the same loop, every token scored."""
+    _train("pretrain", recipe, ["data.loss_on=all", *(overrides or [])], dry_run)
+
+
+@app.command()
+def validate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Check a recipe and its layout; print it with every default filled in."""
+    from megalign.config.advice import warnings as advice
+    from megalign.config.load import dump_recipe, load_recipe
+    from megalign.config.rules import check
+
+    loaded = load_recipe(recipe, overrides or [])
+    check(loaded)
+    print(dump_recipe(loaded), end="")
+    for line in advice(loaded):
+        print(f"warning: {line}", file=sys.stderr)
+
+
+@app.command()
+def chat(
+    checkpoint: Annotated[Path, typer.Argument(help="A run folder, or one of its checkpoints.", show_default=False)],
+    overrides: Overrides = None,
+    prompt: Annotated[str | None, typer.Option(help="Answer this and end.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    temperature: Annotated[float, typer.Option(help="0: always the most probable token.")] = 0.0,
+    top_p: Annotated[float, typer.Option()] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option()] = 256,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Talk to a checkpoint. One process unless overrides ask for a layout, e.g. parallel.tensor_model_parallel_size=2."""
+    from megalign.serving import chat_with
+
+    def work(world: Any) -> None:
+        chat_with(checkpoint, overrides or [], world, prompt=prompt, system=system, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed)
+
+    from megalign.serving import chat_ranks
+
+    _run_ranks(chat_ranks(checkpoint, overrides or []), checkpoint if checkpoint.is_dir() else Path("."), work)
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="A run folder, or one of its checkpoints.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="Hugging Face folder to write.", show_default=False)],
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+) -> None:
+    """Write a checkpoint as a Hugging Face folder (safetensors, config, tokenizer)."""
+    from megalign.serving import write_hugging_face
+
+    _run_ranks(1, Path("."), lambda world: write_hugging_face(checkpoint, folder, dtype, world))
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run folder, finished or not.", show_default=False)]) -> None:
+    """Build report.html of a run again."""
+    from megalign.report.build import build_report
+
+    print(build_report(run))
+
+
+@data_app.command("preview")
+def data_preview(recipe: RecipeArgument, overrides: Overrides = None, rows: Annotated[int, typer.Option(help="How many.")] = 3) -> None:
+    """Show rendered rows with the scored tokens coloured."""
+    from megalign.config.load import load_recipe
+    from megalign.data.preview import preview
+
+    preview(load_recipe(recipe, overrides or []), rows)
+
+
+@recipes_app.command("list")
+def recipes_list() -> None:
+    """Names and first lines."""
+    from megalign.config.load import RECIPES, list_recipes
+
+    for name in list_recipes():
+        first = (RECIPES / f"{name}.yaml").read_text().splitlines()[0].lstrip("# ")
+        print(f"{name:24} {first}")
+
+
+@recipes_app.command("copy")
+def recipes_copy(name: str, target: Annotated[Path, typer.Argument(help="File to write.")]) -> None:
+    """Copy a recipe to change it."""
+    from megalign.config.load import find_recipe
+
+    if target.exists():
+        raise typer.BadParameter(f"{target} exists; choose another name")
+    target.write_text(find_recipe(name).read_text())
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(megalign.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False) -> None:
+    pass
+
+
+def _train(command: str, name: str, overrides: list[str], dry_run: bool) -> None:
+    from megalign.config.load import load_recipe
+    from megalign.config.rules import check
+    from megalign.parallel.init import in_distributed_launch
+
+    recipe = load_recipe(name, overrides)
+    if dry_run:
+        from megalign.dry_run import dry_run as print_plan
+
+        print_plan(recipe)
+        return
+    from megalign.config.layout import world_size_of
+
+    ranks = world_size_of(recipe)
+    if not in_distributed_launch():
+        check(recipe, ranks)
+
+    def work(world: Any) -> None:
+        from megalign.sft import sft as run
+
+        run(recipe, world)
+
+    _run_ranks(ranks, Path(recipe.output), work)
+
+
+def _run_ranks(ranks: int, folder: Path, work: Callable[[Any], None]) -> None:
+    """Do `work` as a rank of the world that started us, or start the world on this machine."""
+    from megalign.parallel.init import in_distributed_launch
+
+    if not in_distributed_launch() and ranks > 1:
+        from megalign.parallel.local import launch
+
+        raise SystemExit(launch(sys.argv[1:], ranks, folder / "logs"))
+    from megalign.parallel.init import init, shutdown
+    from megalign.parallel.local import end_with_parent
+
+    if in_distributed_launch():
+        end_with_parent()
+    try:
+        work(init())
+    except KeyboardInterrupt:
+        print("\nstopped. The same command continues from the last complete checkpoint.", file=sys.stderr)
+        raise SystemExit(130) from None
+    shutdown()
+
+
+def _is_expected(error: BaseException) -> bool:
+    """True if the message is all a user needs: no traceback."""
+    names = {"ConfigError", "DataError", "RunError", "CheckpointError", "TrainingStopped", "ConversionError"}
+    return any(kind.__name__ in names for kind in type(error).__mro__)

@@ -1,0 +1,68 @@
+"""What is allowed and probably not meant: ranges that fine-tuning runs have settled on."""
+
+from __future__ import annotations
+
+from megalign.config.layout import layout_of
+from megalign.config.schema import Recipe
+
+FULL_FINE_TUNING_LR = (1e-6, 5e-5)
+EPOCHS = 3.0
+WARMUP_SHARE = (0.03, 0.10)
+
+
+def warnings(recipe: Recipe, world_size: int | None = None) -> list[str]:
+    """One sentence each, with field, value, range and reason; empty for a recipe without surprises."""
+    model, optimizer, train, data = recipe.model, recipe.optimizer, recipe.train, recipe.data
+    layout = layout_of(recipe, world_size)
+    found = []
+
+    low, high = FULL_FINE_TUNING_LR
+    if model.init_from and not low <= optimizer.lr <= high:
+        side, harm = ("above", "forget what it knew") if optimizer.lr > high else ("below", "barely move")
+        found.append(
+            f"optimizer.lr={optimizer.lr:g} is {side} the usual {low:g} to {high:g} of full fine-tuning: "
+            f"the model may {harm}"
+        )
+    if train.max_steps is None and train.epochs > EPOCHS:
+        found.append(
+            f"train.epochs={train.epochs:g}: past {EPOCHS:g} epochs a model mostly memorises; watch eval_loss"
+        )
+
+    low, high = WARMUP_SHARE
+    steps, warmup = train.max_steps, optimizer.lr_warmup_steps
+    if steps and (warmup or model.init_from) and not low <= warmup / steps <= high:
+        found.append(
+            f"optimizer.lr_warmup_steps={warmup} is {warmup / steps:.0%} of {steps} steps; "
+            f"{low:.0%} to {high:.0%} is usual, here {max(1, round(low * steps))} to {max(1, round(high * steps))}"
+        )
+    how = optimizer.scale_lr_with_data_parallel
+    if how != "none" and layout.dp > 1:
+        found.append(
+            f"optimizer.scale_lr_with_data_parallel={how} raises the learning rate for {layout.dp} data-parallel "
+            f"ranks, but a step stays train.global_batch_size={train.global_batch_size} rows: raise that with it"
+        )
+    if data.sequence_length > model.max_position_embeddings:
+        found.append(
+            f"data.sequence_length={data.sequence_length} is beyond model.max_position_embeddings="
+            f"{model.max_position_embeddings}: positions that the model was never meant to see"
+        )
+    if max(model.attention_dropout, model.hidden_dropout) > 0:
+        found.append("dropout > 0: results depend on the parallel layout, because its random numbers do")
+    return found + _about_experts(recipe)
+
+
+def _about_experts(recipe: Recipe) -> list[str]:
+    model, found = recipe.model, []
+    if model.num_moe_experts is None:
+        return []
+    capacity = model.moe_expert_capacity_factor
+    if capacity is not None and capacity < 1:
+        found.append(
+            f"model.moe_expert_capacity_factor={capacity:g} is below 1: tokens are dropped even when all experts "
+            "get equally many"
+        )
+    if model.num_moe_experts > model.moe_router_topk and not model.moe_aux_loss_coeff and not model.init_from:
+        found.append(
+            "model.moe_aux_loss_coeff=0: nothing balances the load, and few experts may take all tokens; 0.01 is usual"
+        )
+    return found

@@ -1,0 +1,91 @@
+"""What no single key can decide: layouts, batches, and megatron-core's own rules, said before anything starts.
+
+`check` runs every rule (those of the layout and of the model have their own files) and raises all violations at
+once. What megatron gets silently wrong and no key controls, such as interleaved communication on gloo, is set by
+the model builder and is no rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megalign.config import layout_rules, model_rules
+from megalign.config.advice import warnings
+from megalign.config.errors import ConfigError, Problem, not_a_multiple
+from megalign.config.layout import Layout, layout_of, sequence_multiple, world_size_of
+from megalign.config.schema import Recipe
+
+__all__ = ["check", "warnings", "world_size_of"]
+
+
+def check(recipe: Recipe, world_size: int | None = None) -> None:
+    """Raise ConfigError with every violated rule, or return.
+
+    world_size: ranks that were started; None: as many as the layout needs (`world_size_of`).
+    """
+    layout = layout_of(recipe, world_size)
+    problems = [problem for rule in RULES for problem in rule(recipe, layout)]
+    if problems:
+        raise ConfigError(problems)
+
+
+def check_vocabulary(recipe: Recipe, tokenizer_size: int) -> None:
+    """Raise ConfigError where a tokenizer of `tokenizer_size` ids, known only once it is loaded or trained, does not
+    fit `model.vocab_size`: the word embedding would be read past its end."""
+    size = recipe.model.vocab_size
+    if size is not None and size < tokenizer_size:
+        fix = f"set it to null, or to {tokenizer_size} or more"
+        raise ConfigError([Problem("model.vocab_size", f"the tokenizer has {tokenizer_size} ids", fix, size)])
+
+
+def sequence_length(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
+    """A row is cut evenly over context- and sequence-parallel ranks (see `layout.sequence_multiple`)."""
+    length, sharded = recipe.data.sequence_length, recipe.parallel.sequence_parallel
+    multiple = sequence_multiple(layout, sharded)
+    if length % multiple:
+        parts = [f"tp({layout.tp})"] if sharded else []
+        parts += [f"2 * cp({layout.cp})"] if layout.cp > 1 else []
+        what = f"{' * '.join(parts)} = {multiple}"
+        yield not_a_multiple("data.sequence_length", length, multiple, what, "lower the parallel sizes")
+
+
+def batch(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
+    """Each data-parallel rank takes a whole number of microbatches a step."""
+    micro, rows = recipe.train.micro_batch_size, recipe.train.global_batch_size
+    product = micro * layout.dp
+    if rows % product:
+        sizes = f"micro_batch_size({micro}) * data parallel({layout.dp}) = {product}"
+        other = "lower train.micro_batch_size" if micro > 1 else "start fewer data-parallel ranks"
+        yield not_a_multiple("train.global_batch_size", rows, product, sizes, other)
+
+
+def schedule(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
+    """The learning rate rises, then falls, within the run; a key that the style ignores is a mistake."""
+    optimizer, steps = recipe.optimizer, recipe.train.max_steps
+    if steps is not None and optimizer.lr_warmup_steps >= steps:
+        rule = f"the run has only train.max_steps({steps}), and the warmup would never end"
+        fix = f"lower it, e.g. to {steps // 20} (5 %)"
+        yield Problem("optimizer.lr_warmup_steps", rule, fix, optimizer.lr_warmup_steps)
+    if optimizer.min_lr > optimizer.lr:
+        rule = f"is above the peak optimizer.lr({optimizer.lr:g})"
+        yield Problem("optimizer.min_lr", rule, f"lower it, e.g. to {optimizer.lr / 10:g}", optimizer.min_lr)
+    if optimizer.lr_num_cycles > 1 and optimizer.lr_decay_style != "cosine_with_restarts":
+        rule = f"lr_decay_style {optimizer.lr_decay_style} has no cycles"
+        fix = "set optimizer.lr_decay_style to cosine_with_restarts, or this to 1"
+        yield Problem("optimizer.lr_num_cycles", rule, fix, optimizer.lr_num_cycles)
+
+
+def evaluation(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
+    """What needs evaluations, or rows to evaluate, says so before the training and not after it."""
+    train, data = recipe.train, recipe.data
+    if train.early_stop_patience is not None and train.eval_interval is None:
+        rule, fix = "counts evaluations, but there is only one, at the end", "give train.eval_interval"
+        yield Problem("train.early_stop_patience", rule, fix, train.early_stop_patience)
+    if data.validation is None and data.validation_rows == 0:
+        for key in ("eval_interval", "exact_match"):
+            if value := getattr(train, key):
+                fix = "give data.validation or data.validation_rows"
+                yield Problem(f"train.{key}", "there are no validation rows", fix, value)
+
+
+RULES = (*layout_rules.RULES, *model_rules.RULES, sequence_length, batch, schedule, evaluation)

@@ -1,0 +1,25 @@
+"""`--dry-run`: everything that is known of a run before a weight is made."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.text import Text
+
+from megalign.config.layout import world_size_of
+from megalign.config.plan import describe_plan
+from megalign.config.rules import check
+from megalign.config.schema import Recipe
+from megalign.data.dataset import build_datasets
+from megalign.data.preview import coloured
+from megalign.models.resolve import resolve_model
+
+
+def dry_run(recipe: Recipe, console: Console | None = None) -> None:
+    """Check the recipe, read the data, print the plan and the first row. Imports no model code."""
+    recipe = resolve_model(recipe)
+    ranks = world_size_of(recipe)
+    check(recipe, ranks)
+    train, _ = build_datasets(recipe)
+    facts = {**train.statistics, "vocab_size": train.tokenizer.vocab_size}
+    first = coloured(train.rows[0][0], train.tokenizer) if len(train) else Text("(no rows)")
+    (console or Console(highlight=False)).print(describe_plan(recipe, ranks, facts, first))

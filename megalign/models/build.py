@@ -1,0 +1,125 @@
+"""From a recipe's model and layout to megatron-core modules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megalign.config.layout import padded_vocab
+from megalign.config.schema import ModelConfig
+from megalign.models.gpt import DialogueModel
+from megalign.parallel.grid import Grid
+from megalign.parallel.layers import block_spec
+
+
+def transformer_config(model: ModelConfig, grid: Grid, *, sequence_parallel: bool = False, bf16: bool = False) -> TransformerConfig:
+    """Megatron's configuration of `model` on `grid`."""
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    moe: dict[str, Any] = {}
+    if model.num_moe_experts is not None:
+        moe = dict(
+            num_moe_experts=model.num_moe_experts,
+            moe_ffn_hidden_size=model.moe_ffn_hidden_size or model.ffn_hidden_size,
+            moe_router_topk=model.moe_router_topk,
+            # softmax over all experts, then the top k, divided by their sum; without normalisation the plain
+            # probabilities. A softmax over the chosen k equals the normalised form: megatron's post-softmax.
+            moe_router_pre_softmax=not model.moe_norm_topk_prob,
+            moe_shared_expert_intermediate_size=model.moe_shared_expert_intermediate_size,
+            moe_router_load_balancing_type="aux_loss" if model.moe_aux_loss_coeff else "none",
+            moe_aux_loss_coeff=model.moe_aux_loss_coeff,
+            moe_z_loss_coeff=model.moe_z_loss_coeff,
+            moe_input_jitter_eps=model.moe_input_jitter_eps,
+            moe_token_dispatcher_type=model.moe_token_dispatcher_type,
+            moe_expert_capacity_factor=model.moe_expert_capacity_factor,
+            moe_router_dtype="fp32",
+            moe_grouped_gemm=False,
+            expert_tensor_parallel_size=grid.expert_tensor.size,
+        )
+    interleaved = grid.virtual_pipeline is not None
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups or model.num_attention_heads,
+        kv_channels=model.kv_channels or model.hidden_size // model.num_attention_heads,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.layernorm_epsilon,
+        qk_layernorm=model.qk_layernorm,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        init_method_std=model.init_method_std,
+        attention_dropout=model.attention_dropout,
+        hidden_dropout=model.hidden_dropout,
+        tensor_model_parallel_size=grid.tensor.size,
+        pipeline_model_parallel_size=grid.pipeline.size,
+        virtual_pipeline_model_parallel_size=grid.virtual_pipeline,
+        context_parallel_size=grid.context.size,
+        expert_model_parallel_size=grid.expert.size,
+        sequence_parallel=sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=bf16,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        # megalign.models.init gives the weights, alike on every layout. perform_initialization=False would
+        # also skip the attribute `tensor_model_parallel`, and the gradient norm would then be wrong.
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        # gloo, interleaved: the defaults give gradients off by 0.1 (batched) or a race (overlap, deallocation).
+        batch_p2p_comm=not interleaved,
+        overlap_p2p_comm=False,
+        deallocate_pipeline_outputs=not interleaved,
+        **moe,
+    )
+
+
+def _leave(weight: torch.Tensor) -> None:
+    """An initialiser that does nothing."""
+
+
+def build_chunks(model: ModelConfig, grid: Grid, vocab_size: int, *, sequence_parallel: bool = False, bf16: bool = False) -> list[DialogueModel]:
+    """The parts of the model that this rank holds: one, or one a virtual stage. Weights are uninitialised.
+
+    vocab_size: rows the tokenizer needs; the tables are padded to `padded_vocab`.
+    """
+    config = transformer_config(model, grid, sequence_parallel=sequence_parallel, bf16=bf16)
+    stages = grid.virtual_pipeline or 1
+    chunks = []
+    for stage in range(stages):
+        vp_stage = stage if grid.virtual_pipeline else None
+        chunk = DialogueModel(
+            config,
+            block_spec(config, model.transformer_impl, vp_stage),
+            vocab_size=padded_vocab(vocab_size, grid.tensor.size),
+            max_sequence_length=model.max_position_embeddings,
+            pre_process=grid.is_first_stage and stage == 0,
+            post_process=grid.is_last_stage and stage == stages - 1,
+            position_embedding_type=model.position_embedding_type,
+            rotary_base=model.rotary_base,  # pyright: ignore[reportArgumentType]
+            share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
+            pg_collection=grid.process_groups,
+            vp_stage=vp_stage,
+        )
+        _tag_experts(chunk, grid)
+        chunks.append(chunk if not torch.cuda.is_available() else chunk.cuda())
+    return chunks
+
+
+def _tag_experts(chunk: DialogueModel, grid: Grid) -> None:
+    """Say that experts are reduced over their own data-parallel group wherever that is not the dense one.
+
+    megatron-core 0.16.1 (tensor_parallel/layers.py:886) says so only when expert_model_parallel_size > 1; with TP 2, EP 1 and
+    ETP 1 each tensor rank's experts would silently keep the gradient of its own tokens alone.
+    """
+    if grid.expert_data.size != grid.data_context.size:
+        for name, parameter in chunk.named_parameters():
+            if ".local_experts." in name:
+                parameter.allreduce = False  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,41 @@
+"""Megatron-core's GPT, whose last stage returns log-probabilities of the scored tokens instead of all logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from torch import Tensor
+
+from megalign.parallel.vocab import vocab_parallel_logprobs
+
+
+class DialogueModel(GPTModel):
+    """A decoder-only transformer; `labels` and `loss_mask` turn its output into log-probabilities.
+
+    Training: returns [2, N]: log-probability of each of the N scored tokens (FP32), in order, and 1.0 where
+    the token was also the most probable. The output layer runs on those N positions alone.
+    Without labels: logits, as megatron-core returns them.
+    """
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, labels: Tensor | None = None, loss_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        if labels is None or not self.post_process:
+            return super()._postprocess(hidden_states, *args, labels=None, loss_mask=loss_mask, **kwargs)
+        mask = torch.ones_like(labels, dtype=torch.bool) if loss_mask is None else loss_mask
+        group = self.pg_collection.tp
+        if self.config.sequence_parallel:
+            # Backward: reduce-scatter. Each rank's gradient is that of its own part of the vocabulary.
+            hidden = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True, group=group)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden_states, group=group)
+        scored = mask.flatten().nonzero().squeeze(-1)
+        # [S, B, D] with B = 1 for packed rows; [B, S] labels follow the same order after the transpose.
+        hidden_TD = hidden.transpose(0, 1).reshape(-1, hidden.shape[-1])[scored]
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+        logprobs, correct = vocab_parallel_logprobs(hidden_TD, weight, labels.flatten()[scored], group)
+        return torch.stack([logprobs, correct.float()])

@@ -1,0 +1,41 @@
+"""Hugging Face folders as a starting point and as an end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megalign.config.layout import padded_vocab
+from megalign.config.schema import ModelConfig
+from megalign.models.hf.io import read_hf, write_hf
+from megalign.models.hf.registry import family_of_model, hf_config_from_model
+from megalign.models.hf.table import Dimensions
+from megalign.models.weights import load_full, stream_full
+from megalign.parallel.grid import Grid
+
+
+def load_pretrained(chunks: Sequence[Any], model: ModelConfig, grid: Grid, vocab_size: int) -> None:
+    """Fill the model with the weights of `model.init_from`; each rank reads only the files its part needs."""
+    weights = read_hf(str(model.init_from))
+    dimensions = Dimensions.of(model, vocab_size, padded_vocab(vocab_size, grid.tensor.size))
+    conversion = family_of_model(model).conversion(dimensions)
+    conversion.check(weights)
+    load_full(chunks, grid, lambda name, parameter, place: conversion.load(name, weights))
+
+
+def save_pretrained(
+    folder: Path, chunks: Sequence[Any], model: ModelConfig, grid: Grid, vocab_size: int, tokenizer: Path | None, eos: int, dtype: torch.dtype
+) -> None:
+    """Write the model as a Hugging Face folder (collective; rank 0 writes, one tensor in memory at a time)."""
+    stream = stream_full(chunks, grid)
+    if grid.rank != 0:
+        for _ in stream:
+            pass
+        return
+    dimensions = Dimensions.of(model, vocab_size, padded_vocab(vocab_size, grid.tensor.size))
+    named = family_of_model(model).conversion(dimensions).to_hf(stream)
+    config = hf_config_from_model(model, vocab_size, str(dtype).removeprefix("torch."), eos_token_id=eos)
+    write_hf(folder, named, config, dtype=dtype, tokenizer=tokenizer)

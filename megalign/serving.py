@@ -1,0 +1,112 @@
+"""A checkpoint outside training: found, loaded on any layout, talked to, or written for others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megalign.chat import run_chat
+from megalign.config.layout import world_size_of
+from megalign.config.load import apply_overrides
+from megalign.config.rules import check
+from megalign.config.schema import ParallelConfig, Recipe
+from megalign.data.tokenizer import load_tokenizer
+from megalign.models.pretrained import save_pretrained
+from megalign.parallel.checkpoint import CheckpointError, list_checkpoints, read_meta
+from megalign.parallel.init import World
+from megalign.rollout.sampler import SamplingParams
+from megalign.trainer.engine import Engine
+from megalign.trainer.run import grid_of
+
+
+def find_checkpoint(path: Path) -> Path:
+    """A checkpoint folder as it is; of a run folder the best checkpoint, else the last.
+
+    Raises CheckpointError where there is none.
+    """
+    if (path / "manifest.json").exists():
+        return path
+    found = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
+    if not found:
+        raise CheckpointError(f"{path} holds no complete checkpoint; give a run folder or one of its checkpoints/iter_... folders")
+    summary = path / "summary.json"
+    best = json.loads(summary.read_text()).get("best_checkpoint") if summary.exists() else None
+    return next((checkpoint for checkpoint in found if checkpoint.name == best), found[-1])
+
+
+def recipe_for(checkpoint: Path, overrides: list[str]) -> Recipe:
+    """The recipe that trained a checkpoint, on one rank unless `overrides` ask for a layout."""
+    meta = read_meta(checkpoint)
+    recipe = Recipe(**meta["recipe"])
+    recipe.model.init_from = None  # the weights come from the checkpoint
+    recipe.model.vocab_size = meta["identity"]["vocab_size"]
+    recipe.parallel = ParallelConfig()
+    recipe.train.micro_batch_size = recipe.train.global_batch_size = 1
+    return apply_overrides(recipe, overrides)
+
+
+def chat_ranks(path: Path, overrides: list[str]) -> int:
+    """Ranks that a chat with these overrides needs."""
+    recipe = recipe_for(find_checkpoint(path), overrides)
+    ranks = world_size_of(recipe)
+    recipe.train.global_batch_size = ranks  # a layout's rule, without meaning here
+    check(recipe, ranks)
+    return ranks
+
+
+def load_for_inference(path: Path, overrides: list[str], world: World) -> tuple[Engine, Path]:
+    """The model of a checkpoint on this world's layout, without optimizer (collective)."""
+    checkpoint = find_checkpoint(path)
+    recipe = recipe_for(checkpoint, overrides)
+    engine = Engine(recipe, grid_of(recipe, world), int(recipe.model.vocab_size or 0), train=False)
+    engine.load(checkpoint, weights_only=True)
+    return engine, checkpoint
+
+
+def chat_with(
+    path: Path,
+    overrides: list[str],
+    world: World,
+    *,
+    prompt: str | None,
+    system: str | None,
+    temperature: float,
+    top_p: float,
+    max_new_tokens: int,
+    seed: int,
+) -> None:
+    """Talk to a checkpoint on the terminal (collective)."""
+    engine, checkpoint = load_for_inference(path, overrides, world)
+    tokenizer = load_tokenizer(checkpoint / "tokenizer", engine.recipe.data.template)
+    if world.rank == 0 and prompt is None:
+        step = read_meta(checkpoint)["training"]["progress"]["step"]
+        print(f"{checkpoint} (step {step}). /reset, /system TEXT, /quit", flush=True)
+    run_chat(
+        engine.models,
+        engine.grid,
+        tokenizer,
+        system=system,
+        sampling=SamplingParams(temperature=temperature, top_p=top_p),
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        prompt=prompt,
+    )
+
+
+def write_hugging_face(path: Path, folder: Path, dtype: str, world: World) -> None:
+    """Write a checkpoint as a Hugging Face folder (collective)."""
+    if dtype not in ("float32", "bfloat16"):
+        raise CheckpointError(f"--dtype is {dtype!r}: it must be float32 or bfloat16")
+    engine, checkpoint = load_for_inference(path, [], world)
+    model = engine.recipe.model
+    tokenizer = load_tokenizer(checkpoint / "tokenizer", engine.recipe.data.template)
+    eos = tokenizer.end_of_turn
+    save_pretrained(folder, engine.models, model, engine.grid, int(model.vocab_size or 0), checkpoint / "tokenizer", eos, getattr(torch, dtype))
+    if world.rank == 0:
+        print(f"{folder}: {model.num_layers} layers in {dtype}, from {checkpoint}")
+
+
+__all__: list[Any] = ["chat_ranks", "chat_with", "find_checkpoint", "load_for_inference", "write_hugging_face"]

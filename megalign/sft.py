@@ -1,0 +1,72 @@
+"""Supervised fine-tuning: next-token cross-entropy on the assistant's turns. `pretrain` is the same loop on text.
+
+    L = - sum over scored tokens of log p(token | tokens before it)  /  number of scored tokens in the global batch
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from torch import Tensor
+
+from megalign.batch import Batch
+from megalign.config.layout import total_steps
+from megalign.config.rules import check
+from megalign.config.schema import Recipe
+from megalign.config.size import count_parameters
+from megalign.losses import TokenLoss, cross_entropy_loss
+from megalign.models.resolve import resolve_model
+from megalign.parallel.init import World
+from megalign.report.build import build_report
+from megalign.trainer.engine import Engine
+from megalign.trainer.finish import finish
+from megalign.trainer.loop import fit
+from megalign.trainer.mfu import flops_per_token, world_peak_flops
+from megalign.trainer.run import RunFolder, check_identity, grid_of, identity, open_logger
+
+
+def sft(recipe: Recipe, world: World) -> None:
+    """Fine-tune as the recipe says, on every rank of the world (collective).
+
+    Raises ConfigError, DataError, RunError, CheckpointError or TrainingStopped, each with what to do.
+    """
+    started = time.monotonic()
+    recipe = resolve_model(recipe)
+    check(recipe, world.size)
+    grid = grid_of(recipe, world)
+
+    run = RunFolder(recipe, grid)
+    resume_from = run.open()
+    train, validation = run.datasets()
+    this = identity(recipe, train)
+    if resume_from is not None:
+        check_identity(resume_from, this)
+
+    engine = Engine(recipe, grid, this["vocab_size"])
+    run.describe(train, validation, sys.argv)
+    counts = count_parameters(recipe.model, this["vocab_size"])
+    steps = total_steps(recipe, len(train)) or 1
+    with open_logger(run, steps, resume_from) as log:
+        progress = fit(
+            engine,
+            train,
+            validation,
+            token_loss,
+            log=log,
+            checkpoints=run.checkpoints,
+            identity=this,
+            resume_from=resume_from,
+            save_extra=lambda folder: train.tokenizer.save(folder / "tokenizer"),
+            flops_per_token=flops_per_token(recipe.model, counts, train.statistics),
+            peak_flops=world_peak_flops(world, recipe.train.precision),
+        )
+        finish(engine, run, train, validation, progress, counts, log, seconds=time.monotonic() - started)
+    if recipe.logging.report and grid.is_logger:
+        build_report(run.path)
+
+
+def token_loss(output: Tensor, batch: Batch) -> TokenLoss:
+    """Cross-entropy of what the model's last stage returned for a microbatch."""
+    logprobs, correct = output
+    return cross_entropy_loss(logprobs, correct)

@@ -1,0 +1,194 @@
+"""Model, optimizer and grid of a run: one training step, one evaluation, save and load."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megalign.batch import Batch
+from megalign.config.schema import Recipe
+from megalign.losses import TokenLoss
+from megalign.models.build import build_chunks
+from megalign.models.forward import scored_logprobs
+from megalign.models.pretrained import load_pretrained
+from megalign.models.weights import initialise
+from megalign.parallel import checkpoint
+from megalign.parallel.grid import Grid
+from megalign.parallel.init import device
+from megalign.parallel.optimizer import (
+    create_optimizer,
+    gradients_are_finite,
+    main_gradients,
+    set_learning_rate,
+    wrap_data_parallel,
+    zero_gradients,
+)
+from megalign.parallel.schedule import forward_backward, from_last_stage, rescale_for_megatron, sum_over
+from megalign.trainer.experts import ExpertWatch
+from megalign.trainer.guard import TrainingStopped, describe_non_finite
+
+# What the last stage returned for a microbatch -> its loss.
+LossFunction = Callable[[Tensor, Batch], TokenLoss]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Means over the scored tokens of the whole global batch, equal on every rank."""
+
+    loss: float
+    tokens: int
+    metrics: dict[str, float]
+    grad_norm: float = 0.0
+
+
+class Engine:
+    """The sharded model of a recipe with its optimizer."""
+
+    def __init__(self, recipe: Recipe, grid: Grid, vocab_size: int, *, train: bool = True):
+        """Build and initialise (from `model.init_from`, else at random). train=False: no optimizer, no DDP."""
+        from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+        from megatron.core.transformer.module import Float16Module
+
+        self.grid, self.recipe = grid, recipe
+        seed = recipe.train.seed
+        torch.manual_seed(seed + grid.data.rank + 100 * grid.pipeline.rank)
+        model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+        bf16 = recipe.train.precision == "bf16"
+        parallel = recipe.parallel
+        models = build_chunks(recipe.model, grid, vocab_size, sequence_parallel=parallel.sequence_parallel, bf16=bf16)
+        if recipe.model.init_from:
+            load_pretrained(models, recipe.model, grid, vocab_size)
+        else:
+            initialise(models, recipe.model, grid, seed)
+        self.config: Any = models[0].config
+        self.experts = ExpertWatch(models, grid)
+        self.models = models
+        self.chunks: list[Any] = [Float16Module(self.config, model) for model in models] if bf16 else list(models)
+        self.optimizer: Any = None
+        if train:
+            self.chunks = wrap_data_parallel(
+                self.chunks,
+                self.config,
+                use_distributed_optimizer=parallel.use_distributed_optimizer,
+                overlap_grad_reduce=parallel.overlap_grad_reduce,
+                overlap_param_gather=parallel.overlap_param_gather,
+            )
+            o = recipe.optimizer
+            self.optimizer = create_optimizer(
+                self.chunks,
+                lr=o.lr,
+                weight_decay=o.weight_decay,
+                adam_beta1=o.adam_beta1,
+                adam_beta2=o.adam_beta2,
+                adam_eps=o.adam_eps,
+                clip_grad=o.clip_grad,
+                bf16=bf16,
+                use_distributed_optimizer=parallel.use_distributed_optimizer,
+                overlap_param_gather=parallel.overlap_param_gather,
+            )
+
+    def train_step(self, microbatches: Sequence[Batch], loss: LossFunction, lr: float, step: int) -> StepResult:
+        """Forward, backward, clip, update. Raises TrainingStopped, before the update, on anything not finite."""
+        for chunk in self.chunks:
+            chunk.train()
+        zero_gradients(self.chunks, self.optimizer)
+        result, losses = self._run(microbatches, loss, forward_only=False)
+        if self.recipe.train.nan_guard:
+            self._stop_if_not_finite(losses, step)
+        set_learning_rate(self.optimizer, lr)
+        _, grad_norm, _ = self.optimizer.step()
+        return StepResult(result.loss, result.tokens, result.metrics, float(grad_norm or 0.0))
+
+    @torch.no_grad()
+    def evaluate(self, steps: Sequence[Sequence[Batch]], loss: LossFunction) -> StepResult:
+        """Mean loss over all batches, each a list of microbatches; the model is left as it was."""
+        for chunk in self.chunks:
+            chunk.eval()
+        total, tokens, metrics = 0.0, 0, {}
+        for microbatches in steps:
+            result, _ = self._run(microbatches, loss, forward_only=True)
+            total, tokens = total + result.loss * result.tokens, tokens + result.tokens
+            for name, value in result.metrics.items():
+                metrics[name] = metrics.get(name, 0.0) + value * result.tokens
+        for chunk in self.chunks:
+            chunk.train()
+        return StepResult(total / max(1, tokens), tokens, {name: value / max(1, tokens) for name, value in metrics.items()})
+
+    def _run(self, microbatches: Sequence[Batch], loss: LossFunction, *, forward_only: bool) -> tuple[StepResult, list[float]]:
+        grid = self.grid
+        tokens = torch.tensor(float(sum(int(batch.loss_mask.sum()) for batch in microbatches)), device=device())
+        # The denominator is known, and the same everywhere, before the first forward.
+        global_tokens = max(1.0, sum_over(tokens, grid.data.group).item())
+
+        def forward_step(chunk: Any, batch: Batch) -> Any:
+            def to_megatron(output: Tensor) -> Any:
+                result = loss(output, batch)
+                scalar = rescale_for_megatron(result.sum, global_tokens, len(microbatches), grid)
+                return scalar, {"loss": result.sum.detach(), **result.metrics}
+
+            return scored_logprobs(chunk, batch, grid), to_megatron
+
+        outputs = forward_backward(
+            self.chunks,
+            microbatches,
+            forward_step,
+            grid=grid,
+            tokens_per_microbatch=len(microbatches[0].tokens),
+            forward_only=forward_only,
+        )
+        names = self._metric_names(outputs)
+        sums = torch.zeros(len(names), device=device())
+        if outputs:
+            sums = torch.stack([torch.stack([part[name].float() for part in outputs]).sum() for name in names])
+        sums = from_last_stage(sum_over(sums, grid.data_context.group), grid) / global_tokens
+        means = dict(zip(names, sums.tolist(), strict=True))
+        losses = [float(part["loss"]) for part in outputs]
+        return StepResult(means.pop("loss"), int(global_tokens), means), losses
+
+    def _metric_names(self, outputs: list[dict[str, Any]]) -> list[str]:
+        """The last stage knows them; the others are told, once."""
+        if not hasattr(self, "_names"):
+            names = [list(outputs[0]) if outputs else None]
+            if self.grid.pipeline.size > 1:
+                dist.broadcast_object_list(names, self.grid.last_stage_rank, group=self.grid.pipeline.group)
+            self._names: list[str] = names[0] or []
+        return self._names
+
+    def _stop_if_not_finite(self, losses: list[float], step: int) -> None:
+        loss_ok = all(value - value == 0 for value in losses)
+        flag = torch.tensor([float(not (loss_ok and gradients_are_finite(self.chunks)))], device=device())
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        if flag.item() == 0:
+            return
+        bad_losses = [i for i, value in enumerate(losses) if value - value != 0]
+        report = (bad_losses, describe_non_finite(main_gradients(self.chunks)))
+        reports: list[Any] = [None] * self.grid.world
+        dist.all_gather_object(reports, report)
+        microbatch = next((bad[0] for bad, _ in reports if bad), None)
+        named = [(rank, lines[0]) for rank, (_, lines) in enumerate(reports) if lines]
+        cause = "the loss is not finite" if microbatch is not None else "a gradient is not finite although every loss is"
+        parameter = None
+        if named:
+            rank, line = named[0]
+            parameter = line.split(":")[0]
+            cause += f" (rank {rank}: {line}; {sum(len(lines) for _, lines in reports)} gradients in all)"
+        fix = "no update was made; the last checkpoint is intact. Lower optimizer.lr, or look at that microbatch's rows"
+        raise TrainingStopped(cause, step, microbatch=microbatch, parameter=parameter, fix=fix)
+
+    def save(self, folder: Path, step: int, meta: dict[str, Any], extra: Callable[[Path], None] | None = None) -> Path:
+        """A complete checkpoint of model and optimizer (collective)."""
+        return checkpoint.save(folder, step, self.chunks, self.optimizer, meta, self.grid, extra)
+
+    def load(self, path: Path, *, same_generators: bool = False, weights_only: bool = False) -> dict[str, Any]:
+        """Load a checkpoint of any layout (collective); return what was remembered with it."""
+        optimizer = None if weights_only else self.optimizer
+        meta = checkpoint.load(path, self.chunks, optimizer, self.grid, same_generators=same_generators)
+        if weights_only and self.optimizer is not None:
+            self.optimizer.reload_model_params()
+        return meta

@@ -1,0 +1,90 @@
+"""The end of a run: the best checkpoint, a few answers, exact match, and the summary."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from megalign.chat import answer
+from megalign.config.size import Counts
+from megalign.data.dataset import Dataset
+from megalign.data.rows import Conversation, Message
+from megalign.parallel.checkpoint import list_checkpoints
+from megalign.rollout.sampler import SamplingParams
+from megalign.trainer.engine import Engine
+from megalign.trainer.loop import Progress
+from megalign.trainer.metrics import NullLogger
+from megalign.trainer.prune import best_checkpoint
+from megalign.trainer.run import RunFolder, prompts_of
+
+
+def finish(
+    engine: Engine,
+    run: RunFolder,
+    train: Dataset,
+    validation: Dataset,
+    progress: Progress,
+    counts: Counts,
+    log: NullLogger,
+    seconds: float,
+) -> None:
+    """Load the best checkpoint, answer held-out prompts, write samples.jsonl and summary.json (collective)."""
+    config = run.recipe.train
+    final = progress.evaluations[-1][1] if progress.evaluations else None
+    best = best_checkpoint(list_checkpoints(run.checkpoints), progress.evaluations)
+    loaded = progress.step
+    if config.load_best_at_end and best is not None and int(best.name.split("_")[1]) != progress.step:
+        engine.load(best, weights_only=True)
+        loaded = int(best.name.split("_")[1])
+        log.event(progress.step, "best", f"the best checkpoint is {best.name}")
+    exact = answers(engine, run, validation if len(validation.kept) else train, loaded)
+    summary = {
+        "status": "stopped" if config.stop_at_step == progress.step else "finished",
+        "steps": progress.step,
+        "final_loss": final,
+        "best_eval_loss": progress.best[1] if progress.best else None,
+        "best_step": progress.best[0] if progress.best else None,
+        "best_checkpoint": best.name if best else None,
+        "wall_seconds": round(seconds, 1),
+        "tokens": progress.tokens,
+        "exact_match": exact,
+        "parameters": counts.total,
+        "active_parameters": counts.active,
+    }
+    run.write("summary.json", summary)
+
+
+def answers(engine: Engine, run: RunFolder, data: Dataset, step: int) -> float | None:
+    """Answer prompts greedily and compare with the reference; return the share answered exactly, if asked for."""
+    config = run.recipe.train
+    rows = prompts_of(data, None if config.exact_match else config.sample_prompts)
+    if not rows or run.recipe.parallel.virtual_pipeline_model_parallel_size is not None:
+        return None
+    prompts = [row.messages[:-1] for row in rows]
+    responses = answer(
+        engine.models,
+        engine.grid,
+        data.tokenizer,
+        [list(prompt) for prompt in prompts],
+        max_new_tokens=config.sample_tokens,
+        sampling=SamplingParams(temperature=0.0),
+        seed=config.seed,
+    )
+    references = [row.messages[-1].content for row in rows]
+    matches = [response.strip() == reference.strip() for response, reference in zip(responses, references, strict=True)]
+    if run.grid.is_logger:
+        shown = range(min(len(rows), max(config.sample_prompts, 3)))
+        with (run.path / "samples.jsonl").open("w") as file:
+            for i in shown:
+                line = sample(step, rows[i], responses[i], matches[i] if config.exact_match else None)
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    return sum(matches) / len(matches) if config.exact_match else None
+
+
+def sample(step: int, row: Conversation, response: str, match: bool | None) -> dict[str, Any]:
+    """A line of samples.jsonl."""
+
+    def plain(messages: tuple[Message, ...]) -> list[dict[str, str]]:
+        return [{"role": message.role, "content": message.content} for message in messages]
+
+    return {"step": step, "prompt": plain(row.messages[:-1]), "response": response, "reference": row.messages[-1].content, "exact_match": match}

@@ -1,0 +1,248 @@
+"""The training loop of every algorithm that descends on a fixed data set: steps, evaluation, checkpoints, guards."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megalign.batch import Batch, collate, filled_tokens
+from megalign.config.layout import scaled_lr, total_steps
+from megalign.config.schema import Recipe
+from megalign.data.dataset import Dataset
+from megalign.data.sampler import Sampler
+from megalign.parallel.checkpoint import checkpoint_name, list_checkpoints
+from megalign.parallel.grid import Grid
+from megalign.parallel.schedule import any_rank
+from megalign.trainer.engine import Engine, LossFunction, StepResult
+from megalign.trainer.guard import ClipAlarm, SpikeGuard, TrainingStopped, expert_collapse
+from megalign.trainer.metrics import NullLogger
+from megalign.trainer.prune import checkpoints_to_remove, remove_checkpoints
+from megalign.trainer.schedule import learning_rate
+
+EXPERT_LOAD_INTERVAL = 10  # steps between looks at the routers
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved with every checkpoint."""
+
+    step: int = 0
+    tokens: int = 0  # non-padding tokens seen
+    evaluations: list[tuple[int, float]] = field(default_factory=list)  # (step, eval_loss)
+    without_improvement: int = 0
+
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """(step, eval_loss) of the best evaluation so far."""
+        return min(self.evaluations, key=lambda pair: pair[1]) if self.evaluations else None
+
+
+class Batches:
+    """A data set dealt to this rank, as packed microbatches."""
+
+    def __init__(self, dataset: Dataset, recipe: Recipe, grid: Grid, *, shuffle: bool, rows: int | None = None):
+        self.dataset, self.recipe, self.grid = dataset, recipe, grid
+        self.multiple = 2 * grid.context.size if grid.context.size > 1 else 1
+        data, train = recipe.data, recipe.train
+        self.sampler = Sampler(
+            len(dataset) if rows is None else min(rows, len(dataset)),
+            global_batch_size=train.global_batch_size,
+            micro_batch_size=train.micro_batch_size,
+            data_parallel_rank=grid.data.rank,
+            data_parallel_size=grid.data.size,
+            seed=train.seed,
+            shuffle=shuffle,
+            remainder=data.remainder if shuffle else "pad",
+        )
+
+    def next_step(self) -> tuple[list[Batch], int]:
+        """Microbatches of the next step and this rank's non-padding tokens in them."""
+        microbatches, tokens = [], 0
+        for indices in self.sampler.next_step():
+            packs = [self.dataset.rows[i] if i >= 0 else [] for i in indices]
+            microbatches.append(self._collate(packs))
+            tokens += sum(len(example) for pack in packs for example in pack)
+        return microbatches, tokens
+
+    def _collate(self, packs: Sequence[Any]) -> Batch:
+        length = self.recipe.data.sequence_length
+        pad_to = None
+        if self.grid.model.size == self.grid.context.size == self.grid.expert.size == 1:
+            # Alone, a rank need not agree with neighbours on a length: no padding at the end.
+            pad_to = max(1, filled_tokens(packs))
+        return collate(packs, sequence_length=length, pad_id=self.dataset.tokenizer.eod, document_multiple=self.multiple, pad_to=pad_to)
+
+    def one_pass(self) -> Iterator[list[Batch]]:
+        """Every row once, in order (for evaluation)."""
+        self.sampler.load_state_dict({**self.sampler.state_dict(), "epoch": 0, "offset": 0})
+        for _ in range(self.sampler.steps_per_epoch):
+            yield self.next_step()[0]
+
+
+def fit(
+    engine: Engine,
+    train: Dataset,
+    validation: Dataset,
+    loss: LossFunction,
+    *,
+    log: NullLogger,
+    checkpoints: Path,
+    identity: dict[str, Any],
+    resume_from: Path | None,
+    save_extra: Callable[[Path], None],
+    flops_per_token: float,
+    peak_flops: float,
+) -> Progress:
+    """Train to the end of the recipe, or until a stopping rule holds; return where the run stands.
+
+    Raises TrainingStopped (a guard) and CheckpointError (a full disk); the last complete checkpoint stays.
+    """
+    recipe, grid = engine.recipe, engine.grid
+    config = recipe.train
+    batches = Batches(train, recipe, grid, shuffle=recipe.data.shuffle)
+    held_out = Batches(validation, recipe, grid, shuffle=False, rows=config.eval_rows) if len(validation) else None
+    steps = total_steps(recipe, len(train)) or 1
+    progress = Progress()
+    clip_alarm = ClipAlarm(recipe.optimizer.clip_grad)
+    spike = SpikeGuard(config.spike_factor) if config.spike_factor else None
+    peak_lr = scaled_lr(recipe, grid.data.size)
+    started = time.monotonic()
+
+    if resume_from is not None:
+        saved = engine.load(resume_from, same_generators=_same_layout(resume_from, grid))["training"]
+        progress = Progress(**{**saved["progress"], "evaluations": [tuple(pair) for pair in saved["progress"]["evaluations"]]})
+        batches.sampler.load_state_dict(saved["sampler"])
+        clip_alarm.load_state_dict(saved["clip_alarm"])
+        if spike and saved["spike"]:
+            spike.load_state_dict(saved["spike"])
+        log.event(progress.step, "resume", f"continues from {resume_from.name}")
+
+    def save() -> None:
+        training = {
+            "progress": vars(progress),
+            "sampler": batches.sampler.state_dict(),
+            "clip_alarm": clip_alarm.state_dict(),
+            "spike": spike.state_dict() if spike else None,
+        }
+        meta = {"identity": identity, "recipe": recipe.model_dump(), "layout": grid.layout(), "training": training}
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        engine.save(checkpoints, progress.step, meta, save_extra)
+        log.event(progress.step, "checkpoint", checkpoint_name(progress.step))
+        if grid.is_logger:
+            remove_checkpoints(checkpoints_to_remove(list_checkpoints(checkpoints), progress.evaluations, config.keep_last, config.keep_best))
+
+    def evaluate() -> None:
+        assert held_out is not None
+        result = engine.evaluate(list(held_out.one_pass()), loss)
+        if not math.isfinite(result.loss):
+            raise TrainingStopped(f"eval_loss is {result.loss}", progress.step, fix="the last checkpoint is intact; lower optimizer.lr")
+        best = progress.best is None or result.loss < progress.best[1]
+        progress.without_improvement = 0 if best else progress.without_improvement + 1
+        progress.evaluations.append((progress.step, result.loss))
+        more = {f"eval_{name}": value for name, value in result.metrics.items()}
+        perplexity = math.exp(min(result.loss, 80.0))
+        log.eval(progress.step, eval_loss=result.loss, eval_tokens=result.tokens, eval_perplexity=perplexity, best=best, **more)
+
+    if progress.step == 0 and held_out is not None and config.eval_interval is not None:
+        evaluate()
+    end = min(steps, config.stop_at_step or steps)
+    saved_at = progress.step if resume_from is not None else None
+    while progress.step < end and not _no_improvement(progress, config.early_stop_patience):
+        began = time.monotonic()
+        microbatches, tokens = batches.next_step()
+        lr = learning_rate(
+            progress.step,
+            peak=peak_lr,
+            minimum=recipe.optimizer.min_lr,
+            warmup=recipe.optimizer.lr_warmup_steps,
+            total=steps,
+            style=recipe.optimizer.lr_decay_style,
+            cycles=recipe.optimizer.lr_num_cycles,
+        )
+        look = progress.step % EXPERT_LOAD_INTERVAL == 0 or progress.step + 1 == end
+        if look:
+            engine.experts.start()
+        result = engine.train_step(microbatches, loss, lr, progress.step + 1)
+        routing = engine.experts.collect() if look else {}
+        routing |= engine.experts.auxiliary_losses(len(microbatches))
+        progress.step += 1
+        tokens = _over_data_ranks(tokens, grid)
+        progress.tokens += tokens
+        seconds = time.monotonic() - began
+        log.train(
+            progress.step,
+            loss=result.loss,
+            learning_rate=lr,
+            grad_norm=result.grad_norm,
+            num_tokens=progress.tokens,
+            tokens_per_second=tokens / seconds,
+            mfu=tokens / seconds * flops_per_token / peak_flops if peak_flops else None,
+            step_time=seconds,
+            epoch=_epoch(batches.sampler),
+            **result.metrics,
+            **routing,
+        )
+        _watch(progress, result, routing, clip_alarm, spike, log)
+        out_of_time = config.max_minutes is not None and any_rank(time.monotonic() - started > config.max_minutes * 60, grid)
+        last = progress.step == end or out_of_time
+        evaluated = held_out is not None and (last or (config.eval_interval and progress.step % config.eval_interval == 0))
+        if evaluated:
+            evaluate()
+        is_best = evaluated and progress.best is not None and progress.best[0] == progress.step
+        due = progress.step % config.save_interval == 0 if config.save_interval else evaluated
+        if last or due or (is_best and config.keep_best > 0) or _no_improvement(progress, config.early_stop_patience):
+            save()
+            saved_at = progress.step
+        if out_of_time:
+            log.event(progress.step, "stop", f"train.max_minutes = {config.max_minutes:g} is over")
+            break
+    if saved_at != progress.step and progress.step > 0:
+        save()
+    if _no_improvement(progress, config.early_stop_patience):
+        log.event(progress.step, "stop", f"eval_loss has not improved in {progress.without_improvement} evaluations")
+    elif progress.step == end < steps:
+        log.event(progress.step, "stop", f"train.stop_at_step = {end}; the schedule has {steps} steps")
+    return progress
+
+
+def _watch(progress: Progress, result: StepResult, routing: dict[str, Any], clip: ClipAlarm, spike: SpikeGuard | None, log: NullLogger) -> None:
+    warning = clip.observe(result.grad_norm)
+    if warning:
+        log.event(progress.step, "warning", warning)
+    if routing.get("expert_load"):
+        warning = expert_collapse(routing["expert_load"], assignments=float(result.tokens))
+        if warning:
+            log.event(progress.step, "warning", warning)
+    if spike:
+        message = spike.observe(result.loss)
+        if message:
+            raise TrainingStopped(message, progress.step, fix="the last checkpoint is from before; lower optimizer.lr, or raise train.spike_factor")
+
+
+def _no_improvement(progress: Progress, patience: int | None) -> bool:
+    return patience is not None and progress.without_improvement >= patience
+
+
+def _same_layout(checkpoint: Path, grid: Grid) -> bool:
+    from megalign.parallel.checkpoint import read_meta
+
+    return read_meta(checkpoint)["layout"] == grid.layout()
+
+
+def _over_data_ranks(tokens: int, grid: Grid) -> int:
+    if grid.data.size == 1:
+        return tokens
+    from megalign.parallel.init import device
+    from megalign.parallel.schedule import sum_over
+
+    return int(sum_over(torch.tensor(float(tokens), dtype=torch.float64, device=device()), grid.data.group).item())
+
+
+def _epoch(sampler: Sampler) -> float:
+    return round(sampler.epoch + sampler.offset / max(1, sampler.num_rows), 4)

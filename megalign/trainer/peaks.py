@@ -1,0 +1,87 @@
+"""Model FLOPs utilisation: what the model needs for a token, over what this device was seen to do.
+
+The peak is measured, not read from a data sheet: it exists for every device, laptops included, and
+says how far a run is from what torch's own matmul reaches here, today, next to the other processes.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import cache
+
+import torch
+
+MEASURED_SECONDS = 0.2
+# Large enough to be bound by arithmetic, small enough for a few rounds in the time above.
+MATMUL_SIZE = {"cuda": 8192, "cpu": 768}
+
+
+def device_peak_flops(dtype: torch.dtype, device: str | torch.device | None = None) -> float:
+    """Best observed FLOP/s of a square matmul in `dtype` on `device` (default: CUDA if there is one).
+
+    Takes about 0.2 s at the first call, then is remembered for the process. It draws no number from
+    torch's global generators and hands its memory back, so calling it does not change a run.
+    """
+    if device is None:
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+    return _measure(dtype, torch.device(device))
+
+
+@cache
+def _measure(dtype: torch.dtype, device: torch.device) -> float:
+    size = MATMUL_SIZE.get(device.type, 1024)
+    seconds = _best_seconds(size, dtype, device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return 2 * size**3 / seconds
+
+
+def _best_seconds(size: int, dtype: torch.dtype, device: torch.device) -> float:
+    """The fastest of the matmuls of two square matrices that fit into `MEASURED_SECONDS`."""
+    generator = torch.Generator(device=device).manual_seed(
+        0
+    )  # random: constant operands clock higher than real ones
+    left, right = (torch.randn(size, size, generator=generator, device=device, dtype=dtype) for _ in range(2))
+    out = torch.empty_like(left)
+
+    def seconds_for_one() -> float:
+        started = time.perf_counter()
+        torch.mm(left, right, out=out)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - started
+
+    seconds_for_one()  # loads kernels, wakes clocks and threads
+    timings = [seconds_for_one()]
+    while sum(timings) < MEASURED_SECONDS:
+        timings.append(seconds_for_one())
+    return min(timings)
+
+
+def model_flops_per_token(
+    active_parameters: int,
+    *,
+    embedding_parameters: int = 0,
+    num_layers: int,
+    num_attention_heads: int,
+    kv_channels: int,
+    sequence_length: float,
+) -> float:
+    """FLOPs of forward and backward for one token: `6 N + 12 L H K S` (PaLM, arXiv 2204.02311, appendix B).
+
+    N: parameters that multiply this token, so the active experts only, and without the input
+    embedding, which is a lookup: `active_parameters - embedding_parameters`. With tied embeddings the
+    table multiplies as output layer: leave `embedding_parameters` at 0.
+    L layers, H query heads, K head size, S keys that a token attends to: the sequence length, or with
+    packing the token-weighted mean document length. As in the source, causal masking is not deducted
+    and recomputation of activations is not counted.
+    """
+    matmul_parameters = active_parameters - embedding_parameters
+    return 6.0 * matmul_parameters + 12.0 * num_layers * num_attention_heads * kv_channels * sequence_length
+
+
+def model_flops_utilization(
+    tokens_per_second: float, flops_per_token: float, *, peak_flops: float, num_devices: int = 1
+) -> float:
+    """Share of the peak (0 to 1) that the model's own FLOPs use; `tokens_per_second` over all devices."""
+    return tokens_per_second * flops_per_token / (peak_flops * num_devices)

@@ -1,0 +1,186 @@
+"""The folder of a run, and what is true before its first step."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import megalign
+from megalign.config.load import dump_recipe
+from megalign.config.schema import Recipe
+from megalign.data.dataset import Dataset, build_datasets, make_tokenizer
+from megalign.data.rows import Conversation
+from megalign.data.splits import read_splits
+from megalign.data.templates import template_hash
+from megalign.parallel.checkpoint import list_checkpoints, read_meta
+from megalign.parallel.grid import Grid, create_grid
+from megalign.parallel.init import World
+from megalign.trainer.metrics import MetricsLogger, NullLogger
+
+
+class RunError(Exception):
+    """The run folder cannot be used as the recipe asks; the message says what to do."""
+
+
+class RunFolder:
+    """Paths of a run and the small files around it. Only the logging rank writes."""
+
+    def __init__(self, recipe: Recipe, grid: Grid):
+        self.recipe, self.grid = recipe, grid
+        self.path = Path(recipe.output)
+        self.checkpoints = self.path / "checkpoints"
+        self.tokenizer = self.path / "tokenizer"
+
+    def open(self) -> Path | None:
+        """Create the folder, or find the checkpoint to continue from.
+
+        Raises RunError for a folder of something else, a checkpoint although `resume` is off, or a model
+        other than the checkpoint's.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        found = list_checkpoints(self.checkpoints)
+        if not found:
+            strangers = [entry.name for entry in self.path.iterdir() if entry.name not in _OWN]
+            if strangers:
+                raise RunError(f"output: {self.path} is not empty ({', '.join(sorted(strangers)[:3])} ...) and no run of ours; choose another folder")
+            return None
+        if not self.recipe.resume:
+            raise RunError(f"output: {self.path} holds a run (last checkpoint {found[-1].name}); set resume=true to continue it, or choose another output")
+        return found[-1]
+
+    def datasets(self) -> tuple[Dataset, Dataset]:
+        """Read the data on every rank; a tokenizer that must be trained is trained on one and kept."""
+        recipe = self.recipe.model_copy(deep=True)
+        if recipe.data.tokenizer.path is None and recipe.model.init_from is None:
+            if self.grid.is_logger and not (self.tokenizer / "tokenizer.json").exists():
+                make_tokenizer(recipe, read_splits(recipe)[0].rows).save(self.tokenizer)
+            dist.barrier()
+            recipe.data.tokenizer.path = str(self.tokenizer)
+        train, validation = build_datasets(recipe)
+        if self.grid.is_logger and not (self.tokenizer / "tokenizer.json").exists():
+            train.tokenizer.save(self.tokenizer)
+        return train, validation
+
+    def describe(self, train: Dataset, validation: Dataset, command: list[str]) -> None:
+        """Write recipe.yaml, data.json and environment.json."""
+        if not self.grid.is_logger:
+            return
+        (self.path / "recipe.yaml").write_text(dump_recipe(self.recipe))
+        self.write("data.json", {"train": train.statistics, "validation": validation.statistics})
+        self.write("environment.json", environment(self.grid, self.recipe.train.seed, command))
+
+    def write(self, name: str, content: dict[str, Any]) -> None:
+        """A JSON file, replaced in one step (logging rank only)."""
+        if self.grid.is_logger:
+            partial = self.path / f".{name}.partial"
+            partial.write_text(json.dumps(content, indent=1))
+            partial.rename(self.path / name)
+
+
+_OWN = {"recipe.yaml", "environment.json", "data.json", "metrics.jsonl", "metrics.jsonl.tmp", "samples.jsonl", "summary.json"} | {
+    "tokenizer",
+    "logs",
+    "tensorboard",
+    "report.html",
+    "checkpoints",
+}
+
+
+def environment(grid: Grid, seed: int, command: list[str]) -> dict[str, Any]:
+    """What a reader needs to know to run it again."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return {
+        "megalign": megalign.__version__,
+        "torch": torch.__version__,
+        "megatron_core": version("megatron-core"),
+        "transformers": version("transformers"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "gpus": gpus,
+        "world_size": grid.world,
+        "layout": grid.layout(),
+        "git": _git(),
+        "command": command,
+        "seed": seed,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def _git() -> str | None:
+    """Commit of the source tree megalign runs from, with `+changes` if it has any; None when installed."""
+    try:
+        source = Path(megalign.__file__).parent
+        done = subprocess.run(["git", "describe", "--always", "--dirty=+changes", "--abbrev=12"], cwd=source, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def identity(recipe: Recipe, train: Dataset) -> dict[str, Any]:
+    """What must be equal for a checkpoint to mean the same: model shape, tokenizer, template, vocabulary."""
+    model = recipe.model.model_dump(exclude={"preset", "init_from"})
+    return {
+        "model": model,
+        "tokenizer": train.tokenizer.hash,
+        "template": recipe.data.template,
+        "template_hash": template_hash(recipe.data.template),
+        "vocab_size": recipe.model.vocab_size or train.tokenizer.vocab_size,
+    }
+
+
+def check_identity(checkpoint: Path, now: dict[str, Any]) -> None:
+    """Raise RunError when a checkpoint was trained with another model, tokenizer or template."""
+    saved = read_meta(checkpoint)["identity"]
+    if saved["model"] != now["model"]:
+        changed = [key for key in now["model"] if saved["model"].get(key) != now["model"][key]]
+        detail = ", ".join(f"model.{key}: {saved['model'].get(key)!r} there, {now['model'][key]!r} here" for key in changed)
+        raise RunError(f"{checkpoint} holds another model ({detail}); choose another output, or restore the recipe")
+    for key in ("tokenizer", "template", "template_hash", "vocab_size"):
+        if saved[key] != now[key]:
+            raise RunError(f"{checkpoint} was trained with another {key.replace('_', ' ')} ({saved[key]!r}, here {now[key]!r}); text would be rendered into other tokens")
+
+
+def grid_of(recipe: Recipe, world: World) -> Grid:
+    """The recipe's layout on this world (collective)."""
+    parallel = recipe.parallel
+    return create_grid(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+    )
+
+
+def open_logger(run: RunFolder, steps: int, resume_from: Path | None) -> NullLogger:
+    """The record of the run on the logging rank, a silent one elsewhere."""
+    if not run.grid.is_logger:
+        return NullLogger()
+    logging = run.recipe.logging
+    resume_step = int(resume_from.name.split("_")[1]) if resume_from else None
+    return MetricsLogger(run.path, total_steps=steps, tensorboard=logging.tensorboard, log_interval=logging.log_interval, resume_step=resume_step)
+
+
+def prompts_of(dataset: Dataset, count: int | None) -> list[Conversation]:
+    """The first conversations of a data set, for samples and exact match; plain text has none."""
+    rows = [row for row in dataset.kept if isinstance(row, Conversation)]
+    return rows if count is None else rows[:count]
+

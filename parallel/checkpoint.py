@@ -1,0 +1,275 @@
+"""Checkpoints that are complete or absent.
+
+A checkpoint is written beside its place (`.iter_0000100.partial`), every file is hashed and flushed to the
+disk, a manifest names them all, and one rename puts the folder in place. A reader therefore sees either
+nothing or everything; what later loses a byte is refused with the file's name.
+
+Model and optimizer are stored by megatron-core's dist_checkpointing under global names, so that another
+layout can load them. Generators are stored a rank, for bitwise resumption on the same layout.
+
+    iter_0000100/
+        manifest.json       {"format": ..., "files": {name: {"bytes", "sha256"}}}
+        meta.json           what the caller wants to remember (step, data position, recipe, ...)
+        state/              megatron-core's sharded tensors
+        rng/rank_00000.pt
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megalign.parallel.grid import Grid
+
+FORMAT = "megalign-checkpoint-1"
+_NAME = re.compile(r"iter_(\d{7,})")
+
+
+class CheckpointError(Exception):
+    """A checkpoint cannot be read or written; the message names the file and what can be done."""
+
+
+# -- folders and manifests: plain files, no ranks -------------------------------------------------------
+
+
+def checkpoint_name(step: int) -> str:
+    """The folder of a step: `iter_0000100`."""
+    return f"iter_{step:07d}"
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints in `folder`, oldest first. What was cut off while writing is not listed."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and (path / "manifest.json").exists()]
+    return sorted(found, key=lambda path: int(path.name.split("_")[1]))
+
+
+def write_manifest(folder: Path, files: dict[str, dict[str, Any]]) -> None:
+    """Write manifest.json for `files` (see `describe_files`)."""
+    (folder / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
+
+
+def describe_files(folder: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of each file, and every file flushed to the disk."""
+    return {name: {"bytes": (folder / name).stat().st_size, "sha256": _hash(folder / name, flush=True)} for name in names}
+
+
+def verify(checkpoint: Path, names: Sequence[str] | None = None) -> None:
+    """Raise CheckpointError naming the first file that is missing, truncated, corrupted or foreign.
+
+    names: the files to read through; default all. Missing files are always found.
+    """
+    manifest_file = checkpoint / "manifest.json"
+    try:
+        manifest = json.loads(manifest_file.read_text())
+        files = manifest["files"]
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"its format is {manifest['format']!r}, expected {FORMAT!r}")
+    except FileNotFoundError:
+        raise CheckpointError(f"{manifest_file} does not exist: {checkpoint} is no megalign checkpoint") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{manifest_file} cannot be read: {error}") from None
+    for name, expected in files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing")
+        if path.stat().st_size != expected["bytes"]:
+            raise CheckpointError(f"{path} has {path.stat().st_size} bytes, its manifest says {expected['bytes']}: truncated")
+    for name in files if names is None else names:
+        if _hash(checkpoint / name) != files[name]["sha256"]:
+            raise CheckpointError(f"{checkpoint / name} does not have the SHA-256 of its manifest: corrupted")
+
+
+def previous_good(checkpoint: Path) -> Path | None:
+    """The newest older checkpoint beside this one that passes `verify`."""
+    for path in reversed(list_checkpoints(checkpoint.parent)):
+        if path.name < checkpoint.name:
+            try:
+                verify(path)
+            except CheckpointError:
+                continue
+            return path
+    return None
+
+
+def read_meta(checkpoint: Path) -> dict[str, Any]:
+    """What the writer remembered. Raises CheckpointError if the folder is no checkpoint."""
+    try:
+        return json.loads((checkpoint / "meta.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint / 'meta.json'} cannot be read ({error}): is {checkpoint} a checkpoint folder?") from None
+
+
+def _hash(path: Path, flush: bool = False) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+        if flush:
+            os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def _flush_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _files_under(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
+
+
+# -- saving and loading: collective ---------------------------------------------------------------------
+
+
+def save(
+    folder: Path,
+    step: int,
+    chunks: Sequence[Any],
+    optimizer: Any | None,
+    meta: dict[str, Any],
+    grid: Grid,
+    extra: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write the checkpoint of `step` into `folder` (collective); return its path.
+
+    extra: called on the writing rank with the unfinished folder, to add files of its own (a tokenizer).
+    Raises CheckpointError on every rank when one could not write; the unfinished folder is removed and no
+    other checkpoint is touched.
+    """
+    from megatron.core import dist_checkpointing
+
+    final = folder / checkpoint_name(step)
+    partial = folder / f".{final.name}.partial"
+
+    def prepare() -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / "state").mkdir(parents=True)
+        (partial / "rng").mkdir()
+
+    def write() -> None:
+        dist_checkpointing.save(_sharded_state(chunks, optimizer, grid, loading=False), str(partial / "state"))
+        torch.save(_generators(), partial / "rng" / f"rank_{grid.rank:05d}.pt")
+
+    def describe_rest() -> None:
+        (partial / "meta.json").write_text(json.dumps(meta, indent=1))
+        if extra is not None:
+            extra(partial)
+
+    def finish() -> None:
+        write_manifest(partial, {name: entry for part in parts for name, entry in part.items()})
+        describe_files(partial, ["manifest.json"])
+        for path in [*(p for p in partial.rglob("*") if p.is_dir()), partial]:
+            _flush_folder(path)
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        _flush_folder(folder)
+
+    try:
+        _together("create the folder", prepare, grid, only_logger=True)
+        _together("write", write, grid)
+        _together("write", describe_rest, grid, only_logger=True)
+        mine = _together("read back", lambda: describe_files(partial, _files_under(partial)[grid.rank :: grid.world]), grid)
+        parts: list[Any] = [None] * grid.world
+        dist.all_gather_object(parts, mine)
+        _together("finish", finish, grid, only_logger=True)
+    except CheckpointError as error:
+        if grid.is_logger:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(f"checkpoint of step {step} was not written: {error}. Earlier checkpoints are intact") from None
+    return final
+
+
+def load(checkpoint: Path, chunks: Sequence[Any], optimizer: Any | None, grid: Grid, *, same_generators: bool = False) -> dict[str, Any]:
+    """Load a checkpoint of any layout into the model, and the optimizer if given (collective); return its meta.
+
+    same_generators: restore each rank's random generators too (needs the layout that saved).
+    Raises CheckpointError naming the damaged file, and the newest good checkpoint before it.
+    """
+    from megatron.core import dist_checkpointing
+
+    def check() -> None:
+        names = sorted(json.loads((checkpoint / "manifest.json").read_text())["files"]) if (checkpoint / "manifest.json").exists() else []
+        verify(checkpoint, names[grid.rank :: grid.world])
+
+    try:
+        _together("read", check, grid)
+    except CheckpointError as error:
+        good = previous_good(checkpoint)
+        advice = f"the last good checkpoint before it is {good}" if good else "there is no good checkpoint before it"
+        raise CheckpointError(f"{error}; {advice}") from None
+    state = dist_checkpointing.load(_sharded_state(chunks, optimizer, grid, loading=True), str(checkpoint / "state"))
+    for i, chunk in enumerate(chunks):
+        _unwrap(chunk).load_state_dict(state[f"model{i}"])
+    if optimizer is not None:
+        optimizer.load_state_dict(state["optimizer"])
+    if same_generators:
+        _set_generators(torch.load(checkpoint / "rng" / f"rank_{grid.rank:05d}.pt", weights_only=True))
+    return read_meta(checkpoint)
+
+
+def _sharded_state(chunks: Sequence[Any], optimizer: Any | None, grid: Grid, *, loading: bool) -> dict[str, Any]:
+    metadata = {
+        "dp_cp_group": grid.data_context.group,
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "chained_optim_avoid_prefix": True,
+        "singleton_local_shards": False,
+    }
+    state: dict[str, Any] = {f"model{i}": _unwrap(chunk).sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
+    if optimizer is not None:
+        models = {key: value for part in state.values() for key, value in part.items()} if len(chunks) == 1 else state
+        state["optimizer"] = optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata)
+    return state
+
+
+def _unwrap(chunk: Any) -> Any:
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
+
+
+def _generators() -> dict[str, Any]:
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.empty(0, dtype=torch.uint8)
+    return {"torch": torch.get_rng_state(), "cuda": cuda, "tracker": get_cuda_rng_tracker().get_states()}
+
+
+def _set_generators(state: dict[str, Any]) -> None:
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and state["cuda"].numel():
+        torch.cuda.set_rng_state(state["cuda"])
+    get_cuda_rng_tracker().set_states(state["tracker"])
+
+
+def _together(doing: str, work: Callable[[], Any], grid: Grid, *, only_logger: bool = False) -> Any:
+    """Do `work` (on one rank or all) and fail on all ranks if it failed on one, with that rank's reason."""
+    result, failure = None, None
+    if grid.is_logger or not only_logger:
+        try:
+            result = work()
+        except Exception as error:  # whatever it was, the other ranks must hear of it
+            failure = str(error) if isinstance(error, CheckpointError) else f"rank {grid.rank} could not {doing}: {error or type(error).__name__}"
+    failures: list[str | None] = [None] * grid.world
+    dist.all_gather_object(failures, failure)
+    told = [text for text in failures if text is not None]
+    if told:
+        raise CheckpointError(told[0])
+    return result

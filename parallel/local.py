@@ -1,0 +1,136 @@
+"""Starting the ranks of a layout on this machine, through torch's elastic launcher.
+
+Rank 0 keeps the terminal; the output of the others goes to `logs/`. A rank that fails leaves its error in a
+file for the launcher, which shows the error that came FIRST, once: the others mostly report that their
+neighbour went away.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# What a rank reports when another one died.
+_ECHO = re.compile(
+    r"closed by peer|Connection reset|Broken pipe|Socket Timeout|Connection refused|NCCL (error|communicator)|"
+    r"failed to (recv|send)|DistNetworkError|DistStoreError|Application timeout|Read error|remote process",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class RankFailure:
+    """Why a rank ended. `expected`: the message is meant for the user and needs no traceback."""
+
+    rank: int
+    exit_code: int
+    time: float
+    message: str
+    traceback: str
+    expected: bool
+
+    @property
+    def is_echo(self) -> bool:
+        """True if this rank only lost its neighbour, or was stopped by the launcher."""
+        return self.exit_code == -signal.SIGTERM or bool(_ECHO.search(self.message))
+
+
+def launch(arguments: Sequence[str], ranks: int, log_folder: Path) -> int:
+    """Run `python -m megalign ARGUMENTS` as `ranks` local ranks; return the exit code for the shell.
+
+    0: all ranks ended well. 1: a rank failed, its error is on stderr. 130: Ctrl-C (143: SIGTERM), all ranks
+    are gone.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    log_folder.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // ranks)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id="megalign",
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        monitor_interval=0.1,
+        logs_specs=DefaultLogsSpecs(str(log_folder), redirects={rank: Std.ALL for rank in range(1, ranks)}),
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "megalign", *arguments)
+    except ChildFailedError as error:
+        failures = [_failure(rank, failure) for rank, failure in error.failures.items()]
+        print(describe_failure(failures, ranks, log_folder), file=sys.stderr)
+        return 1
+    except (SignalException, KeyboardInterrupt) as error:
+        number = getattr(error, "sigval", signal.SIGINT)
+        print("\nstopped; all ranks have ended. The same command continues from the last complete checkpoint.", file=sys.stderr)
+        return 128 + int(number)
+    return 0
+
+
+def describe_failure(failures: Iterable[RankFailure], ranks: int, log_folder: Path) -> str:
+    """The error of the rank that failed first, for people."""
+    first = min(failures, key=lambda failure: (failure.is_echo, failure.time))
+    if first.expected:
+        return f"error: {first.message}"
+    if first.exit_code < 0:
+        name = signal.Signals(-first.exit_code).name
+        why = " (out of memory?)" if name == "SIGKILL" else ""
+        return (
+            f"error: rank {first.rank} of {ranks} was killed by {name}{why}; the other ranks were stopped. "
+            f"Nothing before the last complete checkpoint is lost: the same command continues from it. Logs: {log_folder}"
+        )
+    return f"{first.traceback}\nerror: rank {first.rank} of {ranks} failed first: {first.message}\nlogs of the other ranks: {log_folder}"
+
+
+def record_failure(error: BaseException, expected: bool) -> None:
+    """Leave this rank's error for the launcher (torchelastic's error file), or print it if there is none."""
+    import json
+    import time
+    import traceback
+
+    text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    message = str(error) if expected else f"{type(error).__name__}: {error}"
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is None:
+        print(f"error: {message}" if expected else f"{text}\nerror: {message}", file=sys.stderr, flush=True)
+        return
+    extra = {"py_callstack": text, "timestamp": str(int(time.time())), "expected": expected, "seconds": time.time()}
+    Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
+    print(text, file=sys.stderr if os.environ.get("LOCAL_RANK") != "0" else open(os.devnull, "w"), flush=True)
+
+
+def end_with_parent() -> None:
+    """Have the kernel end this rank when its launcher dies, however it dies (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def _failure(rank: int, failure: Any) -> RankFailure:
+    message: Any = failure.message
+    extra: Mapping[str, Any] = {}
+    if isinstance(message, dict):
+        message, extra = message.get("message", ""), message.get("extraInfo", {})
+    return RankFailure(
+        rank=rank,
+        exit_code=failure.exitcode,
+        time=float(extra.get("seconds", failure.timestamp)),
+        message=str(message),
+        traceback=str(extra.get("py_callstack", "")),
+        expected=bool(extra.get("expected", False)),
+    )
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,101 @@
+"""Gradient reduction and AdamW with FP32 masters, both megatron's, behind two functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def wrap_data_parallel(
+    chunks: Sequence[Any],
+    config: Any,
+    *,
+    use_distributed_optimizer: bool,
+    overlap_grad_reduce: bool = False,
+    overlap_param_gather: bool = False,
+    bucket_size: int | None = None,
+) -> list[Any]:
+    """Wrap model chunks in megatron's DDP: FP32 main gradients, reduced over data-parallel ranks.
+
+    Sets the hooks of `config` (megatron's TransformerConfig) through which the schedule finds them.
+    """
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=use_distributed_optimizer,
+        overlap_grad_reduce=overlap_grad_reduce,
+        overlap_param_gather=overlap_param_gather,
+        bucket_size=bucket_size,
+    )
+    wrapped = [DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)]
+    config.finalize_model_grads_func = finalize_model_grads
+    if overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
+    if overlap_param_gather:
+        sync = [chunk.start_param_sync for chunk in wrapped]
+        config.param_sync_func = sync if len(wrapped) > 1 else sync[0]
+    return wrapped
+
+
+def create_optimizer(
+    chunks: Sequence[Any],
+    *,
+    lr: float,
+    weight_decay: float,
+    adam_beta1: float,
+    adam_beta2: float,
+    adam_eps: float,
+    clip_grad: float,
+    bf16: bool,
+    use_distributed_optimizer: bool,
+    overlap_param_gather: bool = False,
+) -> Any:
+    """Megatron's optimizer over DDP-wrapped chunks: decoupled decay (none on norms and biases), global clip."""
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=lr,
+        weight_decay=weight_decay,
+        adam_beta1=adam_beta1,
+        adam_beta2=adam_beta2,
+        adam_eps=adam_eps,
+        clip_grad=clip_grad,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=use_distributed_optimizer,
+        overlap_param_gather=overlap_param_gather,
+    )
+    return get_megatron_optimizer(config, list(chunks))
+
+
+def set_learning_rate(optimizer: Any, lr: float) -> None:
+    """Set the step's learning rate in every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_mult", 1.0)
+
+
+def zero_gradients(chunks: Sequence[Any], optimizer: Any) -> None:
+    """Both are needed: without either, the next step's first microbatch counts twice (megatron-core 0.16.1)."""
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+
+
+def main_gradients(chunks: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
+    """(name, FP32 main gradient) of every parameter of this rank, as DDP has reduced it."""
+    for i, chunk in enumerate(chunks):
+        prefix = f"chunk{i}." if len(chunks) > 1 else ""
+        for name, parameter in chunk.module.named_parameters():
+            yield prefix + name.removeprefix("module."), getattr(parameter, "main_grad", parameter.grad)
+
+
+def gradients_are_finite(chunks: Sequence[Any]) -> bool:
+    """One pass over the flat gradient buffers of this rank."""
+    buffers = [buffer for chunk in chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers]
+    return all(bool(torch.isfinite(buffer.grad_data.sum())) for buffer in buffers)

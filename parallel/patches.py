@@ -1,0 +1,358 @@
+"""Every change megalign makes to megatron-core 0.16.1, in one place.
+
+Stock megatron-core trains correctly on CPU and gloo once its `torch.cuda` calls reach the CPU. The
+largest patch therefore edits no code: the `megatron.core` modules are handed a facade of `torch` whose
+`cuda` is the CPU. Outside megatron only three Tensor methods change, and those raise on a CPU build.
+
+Each `Patch` names the upstream line that makes it necessary; `tests/parallel/test_patches.py` fails when
+that line is gone or when training works without the patch, so that none outlives its reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.metadata
+import logging
+import queue
+import sys
+import types
+import warnings
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+MEGATRON_VERSION = "0.16.1"
+CPU = torch.device("cpu")
+_installed = False
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One change: `snippet` stands at `line` of `megatron/core/<file>`; `why` it does not do here."""
+
+    name: str
+    file: str
+    line: int
+    snippet: str
+    why: str
+    apply: Callable[[], None]
+    cpu_only: bool = True
+
+
+def install(skip: Collection[str] = ()) -> None:
+    """Apply the patches that this machine needs, once. `skip` names patches to leave out (tests).
+
+    Raises RuntimeError for another megatron-core than the one whose lines are named here.
+    """
+    global _installed
+    found = importlib.metadata.version("megatron-core")
+    if found != MEGATRON_VERSION:
+        raise RuntimeError(
+            f"megatron-core is {found}, but megalign's patches are written for {MEGATRON_VERSION}; "
+            f"pip install megatron-core=={MEGATRON_VERSION}"
+        )
+    if _installed:
+        return
+    import_megatron()
+    for patch in PATCHES:
+        if patch.name not in skip and not (patch.cpu_only and torch.cuda.is_available()):
+            patch.apply()
+    _installed = True
+
+
+# Imported before the facade is handed out, so that none keeps the real torch.
+_MODULES = (
+    "dist_checkpointing",
+    "dist_checkpointing.exchange_utils",
+    "dist_checkpointing.strategies.async_utils",
+    "dist_checkpointing.strategies.filesystem_async",
+    "dist_checkpointing.strategies.fully_parallel",
+    "dist_checkpointing.strategies.state_dict_saver",
+    "dist_checkpointing.strategies.torch",
+    "distributed",
+    "inference.communication_utils",
+    "inference.contexts",
+    "models.gpt",
+    "optimizer",
+    "pipeline_parallel",
+    "tensor_parallel",
+    "transformer.moe.moe_layer",
+)
+
+
+def import_megatron() -> None:
+    """Import the parts of megatron-core that megalign uses, without their notices of missing extras."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in _MODULES:
+            importlib.import_module(f"megatron.core.{name}")
+
+
+# -- CPU: a torch whose `cuda` is the CPU ---------------------------------------------------------------
+
+
+class _Facade(types.ModuleType):
+    """A module that answers like `base`, except for the names given."""
+
+    def __init__(self, base: types.ModuleType, **overrides: Any):
+        super().__init__(base.__name__)
+        self.__dict__.update(overrides, _base=base)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_base"], name)
+
+
+class _Stream:
+    """Stands for a CUDA stream or event: on the CPU everything is already in order."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        pass
+
+    def record_event(self, *args: Any) -> _Stream:
+        return _Stream()
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, other: Any) -> float:
+        return 0.0
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        pass
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Stream)
+
+    def __hash__(self) -> int:
+        return 0
+
+    record = wait = wait_stream = wait_event = synchronize = lambda self, *args: None
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.empty(..., device="cuda", pin_memory=True)` becomes a plain CPU tensor."""
+
+    @functools.wraps(factory)
+    def create(*args: Any, **kwargs: Any) -> Any:
+        if str(kwargs.get("device")).startswith("cuda"):
+            kwargs["device"] = CPU
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        return factory(*args, **kwargs)
+
+    return create
+
+
+def _redirect_device() -> None:
+    random = types.SimpleNamespace(
+        get_rng_state=lambda *_, **__: torch.get_rng_state(),
+        set_rng_state=lambda state, *_, **__: torch.set_rng_state(state),
+        # Not torch.manual_seed: it seeds CUDA as well, through the name replaced here.
+        manual_seed=lambda seed: torch.default_generator.manual_seed(seed),
+    )
+    nvtx = types.SimpleNamespace(range_push=_nothing, range_pop=_nothing)
+    cuda = _Facade(
+        torch.cuda,
+        Stream=_Stream,
+        Event=_Stream,
+        current_device=lambda: CPU,
+        current_stream=lambda *_: _Stream(),
+        default_stream=lambda *_: _Stream(),
+        stream=lambda *_: contextlib.nullcontext(),
+        is_current_stream_capturing=lambda: False,
+        synchronize=_nothing,
+        empty_cache=_nothing,
+        set_device=_nothing,
+        device_count=lambda: 1,  # async_utils.py:488 takes a rank modulo this
+        memory_allocated=lambda *_: 0,
+        max_memory_allocated=lambda *_: 0,
+        memory_reserved=lambda *_: 0,
+        nvtx=nvtx,
+        random=random,
+        **vars(random),
+    )
+    names = "empty zeros ones full tensor as_tensor arange linspace rand randn randint Generator"
+    factories = {name: _on_cpu(getattr(torch, name)) for name in names.split()}
+    factories |= {f"{name}_like": _on_cpu(getattr(torch, f"{name}_like")) for name in ("empty", "zeros", "ones", "full")}
+    facade = _Facade(torch, cuda=cuda, **factories)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
+            module.torch = facade  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _tensor_methods() -> None:
+    plain_type = torch.Tensor.type
+
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = plain_type(self, *args, **kwargs)
+        asked_by_megatron = "megatron/core/optimizer" in sys._getframe(1).f_code.co_filename
+        return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) and asked_by_megatron else result
+
+    torch.Tensor.type = type_  # pyright: ignore[reportAttributeAccessIssue]
+    torch.Tensor.cuda = lambda self, *_, **__: self  # pyright: ignore[reportAttributeAccessIssue]
+    torch.Tensor.record_stream = _nothing  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _rng() -> None:
+    from megatron.core.tensor_parallel import random
+
+    random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    # It warns whenever the CPU generator moved inside a fork; here that generator is the one meant.
+    logging.getLogger(random.__name__).setLevel(logging.ERROR)
+
+
+def _no_compile() -> None:
+    torch.compiler.set_stance("force_eager")
+
+
+def _split_sizes() -> None:
+    from megatron.core.transformer.moe import token_dispatcher
+
+    def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if torch.is_tensor(tensor) and as_numpy else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = to_host
+
+
+def _uneven_collectives() -> None:
+    from megatron.core.tensor_parallel import mappings
+
+    even_gather, even_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather(x: torch.Tensor, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False) -> torch.Tensor:
+        if output_split_sizes is None or group.size() == 1:
+            return even_gather(x, group, output_split_sizes, use_global_buffer)
+        world, sizes = group.size(), [int(n) for n in output_split_sizes]
+        out = x.new_empty(sum(sizes), *x.shape[1:])
+        to_all = x.repeat(world, *[1] * (x.dim() - 1))
+        dist.all_to_all_single(out, to_all, sizes, [x.shape[0]] * world, group=group)
+        return out
+
+    def reduce_scatter(x: torch.Tensor, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False) -> torch.Tensor:
+        if input_split_sizes is None or group.size() == 1:
+            return even_scatter(x, group, input_split_sizes, use_global_buffer)
+        world, sizes = group.size(), [int(n) for n in input_split_sizes]
+        mine = sizes[group.rank()]
+        parts = x.new_empty(mine * world, *x.shape[1:])
+        dist.all_to_all_single(parts, x.contiguous(), [mine] * world, sizes, group=group)
+        return parts.view(world, mine, *x.shape[1:]).sum(0)
+
+    mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather, reduce_scatter
+
+
+# -- upstream bugs, on every device ---------------------------------------------------------------------
+
+
+def _te_gemm_name() -> None:
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
+def _results_queue() -> None:
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    # A save that is not asynchronous puts and gets in one process.
+    filesystem_async._get_write_results_queue = queue.SimpleQueue
+
+
+def _optimizer_state_step() -> None:
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    @torch.no_grad()
+    def set_states(self: Any, model_param: Any, tensors: dict[str, torch.Tensor]) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        main = self.optimizer.param_groups[group]["params"][order]
+        for name, value in {"param": main, **self.optimizer.state[main]}.items():
+            if name != "step":  # the step of torch's AdamW is restored from the parameter groups
+                value.copy_(tensors[name])
+
+    upstream = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    def set_main_param_and_optimizer_states(self: Any, model_param: Any, tensors: dict[str, torch.Tensor]) -> None:
+        special = self.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+        (upstream if special else set_states)(self, model_param, tensors)
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_main_param_and_optimizer_states
+
+
+def _optimizer_shared_step() -> None:
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    upstream = DistributedOptimizer.load_state_dict
+
+    @functools.wraps(upstream)
+    def load_state_dict(self: Any, state_dict: dict) -> None:
+        upstream(self, state_dict)
+        for state in self.optimizer.state.values():
+            if torch.is_tensor(state.get("step")):
+                state["step"] = state["step"].clone()
+
+    DistributedOptimizer.load_state_dict = load_state_dict
+
+
+PATCHES = (
+    Patch("device", "pipeline_parallel/schedules.py", 596, 'device="cuda"', "CUDA devices, streams and literals", _redirect_device),
+    Patch("tensor-methods", "optimizer/clip_grads.py", 167, "'torch.cuda.FloatTensor'", "dtypes are told by CUDA type names", _tensor_methods),
+    Patch("rng", "tensor_parallel/random.py", 55, "torch.cuda.random.get_rng_state", "the tracker keeps CUDA generator states", _rng),
+    Patch("no-compile", "jit.py", 21, "jit_fuser = torch.compile", "compiling at start-up costs minutes on a CPU", _no_compile),
+    Patch("split-sizes", "transformer/moe/moe_utils.py", 1093, "tensor.is_cuda", "split sizes stay tensors, where lists are needed", _split_sizes),
+    Patch(
+        "uneven-collectives",
+        "tensor_parallel/mappings.py",
+        150,
+        "torch.distributed.all_gather(output_tensor_list",
+        "gloo has no all-gather of uneven parts (ETP > 1 with EP > 1)",
+        _uneven_collectives,
+    ),
+    Patch(
+        "te-gemm-name",
+        "transformer/moe/moe_utils.py",
+        1192,
+        "te_general_gemm is not None",
+        "NameError: never defined without Transformer Engine",
+        _te_gemm_name,
+        cpu_only=False,
+    ),
+    Patch(
+        "results-queue",
+        "dist_checkpointing/strategies/filesystem_async.py",
+        55,
+        "_results_queue = ctx.Manager().Queue()",
+        "a spawned manager process for a queue inside one process: seconds to start, an orphan after kill -9",
+        _results_queue,
+        cpu_only=False,
+    ),
+    Patch(
+        "optimizer-state-step",
+        "optimizer/distrib_optimizer.py",
+        940,
+        "dst_tensors[key].copy_(tensors[key])",
+        "KeyError 'step' with torch's AdamW when a checkpoint is loaded",
+        _optimizer_state_step,
+        cpu_only=False,
+    ),
+    Patch(
+        "optimizer-shared-step",
+        "optimizer/distrib_optimizer.py",
+        825,
+        's["step"] = step',
+        "all parameters get the SAME step tensor: after a resume the step counts every parameter",
+        _optimizer_shared_step,
+        cpu_only=False,
+    ),
+)

@@ -1,0 +1,206 @@
+"""Each rule fires alone, with its arithmetic, and lets the neighbouring valid recipe through."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import pytest
+
+from megalign.config import rules
+from megalign.config.errors import ConfigError
+from megalign.config.layout import layout_of, sequence_multiple
+from megalign.config.rules import check, check_vocabulary, world_size_of
+from megalign.config.schema import Recipe
+from megalign.config.yaml12 import read_yaml
+from megalign.models.presets import PRESETS
+
+
+def recipe(keys: str = "") -> Recipe:
+    """A recipe of `key=value` words; keys are dotted, or one of the short names below. Later words win."""
+    data: dict[str, Any] = {}
+    for key, _, value in (word.partition("=") for word in keys.split()):
+        *path, leaf = SHORT.get(key, key).split(".")
+        section = data
+        for name in path:
+            section = section.setdefault(name, {})
+        section[leaf] = read_yaml(value)
+    model = data.get("model", {})
+    return Recipe.model_validate({**data, "model": {**PRESETS.get(model.get("preset"), {}), **model}})
+
+
+SHORT = {
+    "preset": "model.preset",
+    "tp": "parallel.tensor_model_parallel_size",
+    "pp": "parallel.pipeline_model_parallel_size",
+    "vpp": "parallel.virtual_pipeline_model_parallel_size",
+    "cp": "parallel.context_parallel_size",
+    "ep": "parallel.expert_model_parallel_size",
+    "etp": "parallel.expert_tensor_parallel_size",
+    "dp": "parallel.data_parallel_size",
+    "sp": "parallel.sequence_parallel",
+    "layers": "model.num_layers",
+    "hidden": "model.hidden_size",
+    "heads": "model.num_attention_heads",
+    "groups": "model.num_query_groups",
+    "channels": "model.kv_channels",
+    "ffn": "model.ffn_hidden_size",
+    "experts": "model.num_moe_experts",
+    "topk": "model.moe_router_topk",
+    "micro": "train.micro_batch_size",
+    "batch": "train.global_batch_size",
+    "sequence": "data.sequence_length",
+    "max_steps": "train.max_steps",
+}
+
+
+def violations(given: Recipe, world: int | None = None) -> dict[str, str]:
+    """field -> message."""
+    try:
+        check(given, world)
+    except ConfigError as error:
+        return {problem.field: str(problem) for problem in error.problems}
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def without_transformer_engine(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+
+
+# rule, keys, world, field, words of the message; then the smallest change that makes it valid
+CASES = [
+    (
+        "world", "tp=4 pp=2 dp=2", 8, "parallel.data_parallel_size",
+        "tp(4) * pp(2) * cp(1) * dp(2) = 16, but the world has 8 ranks; lower parallel.data_parallel_size to 1", "dp=1",
+    ),
+    ("world", "tp=2 dp=1", 4, "parallel.data_parallel_size", "= 2, but the world has 4 ranks; raise parallel.data_parallel_size to 2", "dp=2"),
+    ("world", "tp=2 cp=2", 6, "parallel", "tp(2) * pp(1) * cp(2) = 4 does not divide the 6 ranks of the world; start a multiple of 4", "cp=1 batch=9"),
+    ("pipeline", "pp=2 layers=5", 2, "model.num_layers", "multiple of pp(2), but 5 = 2 * 2 + 1; set it to 4 or 6", "layers=6"),
+    ("pipeline", "pp=2 vpp=2 layers=6", 2, "model.num_layers", "pp(2) * vpp(2) = 4, but 6 = 1 * 4 + 2; set it to 4 or 8", "layers=8"),
+    ("pipeline", "vpp=2", None, "parallel.virtual_pipeline_model_parallel_size", "=2: interleaving needs a pipeline", "pp=2"),
+    ("interleaving", "pp=2 vpp=2 batch=3", 2, "train.global_batch_size", "=3: gives 3 microbatches, and virtual pipeline stages need a multiple of pp(2); set it to 4", "batch=4"),
+    ("interleaving", "pp=4 vpp=2 layers=8 batch=12 micro=2", 8, "train.global_batch_size", "gives 3 microbatches, and virtual pipeline stages need a multiple of pp(4); set it to 16", "batch=16"),
+    ("expert_layout", "ep=2", 2, "parallel.expert_model_parallel_size", "=2: the model has no experts; set it to 1", "ep=1"),
+    ("expert_layout", "etp=2", 2, "parallel.expert_tensor_parallel_size", "=2: the model has no experts; set it to null", "etp=null"),
+    ("expert_layout", "experts=6 ep=4", 4, "model.num_moe_experts", "expert_model_parallel_size(4), but 6 = 1 * 4 + 2; set it to 4 or 8", "experts=8"),
+    (
+        "expert_layout", "experts=4 ep=4 pp=2", 4, "parallel.expert_model_parallel_size",
+        "etp(1) * ep(4) * pp(2) = 8 does not divide the 4 ranks of the world; start a multiple of 8 ranks", "ep=2",
+    ),
+    ("expert_layout", "experts=4 ep=2 tp=3 sp=true heads=6 hidden=96 sequence=258", 3, "parallel.expert_model_parallel_size", "start a multiple of 6 ranks", "ep=1"),
+    ("sequence_parallel", "sp=true", None, "parallel.sequence_parallel", "=true: needs tensor_model_parallel_size > 1, and it is 1; set it to false", "tp=2"),
+    ("sequence_parallel", "tp=2 experts=4", 2, "parallel.sequence_parallel", "=false: experts under tensor_model_parallel_size(2) need sequence parallelism; set it to true", "sp=true"),
+    ("overlap", "parallel.overlap_param_gather=true", 1, "parallel.overlap_param_gather", "needs overlap_grad_reduce", "parallel.overlap_grad_reduce=true"),
+    (
+        "overlap", "parallel.overlap_param_gather=true parallel.overlap_grad_reduce=true parallel.use_distributed_optimizer=false", 1,
+        "parallel.overlap_param_gather", "needs use_distributed_optimizer", "parallel.use_distributed_optimizer=true",
+    ),
+    ("heads", "tp=3 heads=4 groups=12 ffn=384", 3, "model.num_attention_heads", "tensor_model_parallel_size(3), but 4 = 1 * 3 + 1; set it to 3 or 6", "heads=12 hidden=120"),
+    ("heads", "heads=4 groups=3", 1, "model.num_query_groups", "=3: must divide num_attention_heads(4); choose one of 1, 2, 4", "groups=2"),
+    ("heads", "tp=4 heads=12 groups=6 hidden=96", 4, "model.num_query_groups", "=6: must be a multiple or a divisor of tensor_model_parallel_size(4)", "groups=4"),
+    ("heads", "heads=3", 1, "model.hidden_size", "num_attention_heads(3), but 128 = 42 * 3 + 2; set it to 126 or 129, or give model.kv_channels", "channels=42"),
+    ("heads", "channels=33", 1, "model.kv_channels", "=33: the size of a head is 33, and rotary embeddings need an even one; set it to 34", "channels=34"),
+    ("heads", "tp=8 heads=8 groups=1 channels=2", 8, "model.kv_channels", "(8 + 2 * 1) * 2 = 20 wide, no multiple of tensor_model_parallel_size(8)", "channels=4"),
+    ("widths", "tp=2 ffn=385", 2, "model.ffn_hidden_size", "tensor_model_parallel_size(2), but 385 = 192 * 2 + 1; set it to 384 or 386", "ffn=386"),
+    ("widths", "experts=4 etp=2 model.moe_ffn_hidden_size=99", 2, "model.moe_ffn_hidden_size", "expert_tensor_parallel_size(2), but 99 = 49 * 2 + 1", "etp=1"),
+    ("widths", "experts=4 tp=2 sp=true model.moe_shared_expert_intermediate_size=99", 2, "model.moe_shared_expert_intermediate_size", "tensor_model_parallel_size(2)", "model.moe_shared_expert_intermediate_size=98"),
+    ("experts", "model.moe_z_loss_coeff=0.001", 1, "model.moe_z_loss_coeff", "=0.001: the model has no experts; set it to null", "experts=4"),
+    ("experts", "model.moe_aux_loss_coeff=0.01", 1, "model.moe_aux_loss_coeff", "=0.01: the model has no experts; set it to 0.0,", "experts=4"),
+    ("experts", "model.moe_ffn_hidden_size=64", 1, "model.moe_ffn_hidden_size", "=64: the model has no experts", "experts=4"),
+    ("experts", "experts=4 topk=5", 1, "model.moe_router_topk", "=5: a token cannot choose more than num_moe_experts(4); lower it to 4", "topk=4"),
+    ("experts", "experts=4 topk=1", 1, "model.moe_norm_topk_prob", "=true: with moe_router_topk 1", "model.moe_norm_topk_prob=false"),
+    ("experts", "experts=4 model.moe_input_jitter_eps=0.0", 1, "model.moe_input_jitter_eps", "set it to null", "model.moe_input_jitter_eps=0.01"),
+    ("implementation", "model.transformer_impl=transformer_engine", 1, "model.transformer_impl", "Transformer Engine is not installed; set it to local", "model.transformer_impl=local"),
+    ("starting_point", "model.init_from=/nowhere", 1, "model.init_from", "=/nowhere: there is no config.json in that folder", "model.init_from=null"),
+    ("starting_point", "data.tokenizer.path=/nowhere", 1, "data.tokenizer.path", "there is no tokenizer.json", "data.tokenizer.path=null"),
+    ("sequence_length", "tp=2 sp=true sequence=255", 2, "data.sequence_length", "tp(2) = 2, but 255 = 127 * 2 + 1; set it to 254 or 256", "sp=false"),
+    ("sequence_length", "cp=2 sequence=258", 2, "data.sequence_length", "2 * cp(2) = 4, but 258 = 64 * 4 + 2; set it to 256 or 260", "sequence=260"),
+    ("sequence_length", "tp=2 cp=2 sp=true sequence=260", 4, "data.sequence_length", "tp(2) * 2 * cp(2) = 8, but 260 = 32 * 8 + 4", "sequence=264"),
+    ("batch", "micro=2 batch=10", 2, "train.global_batch_size", "micro_batch_size(2) * data parallel(2) = 4, but 10 = 2 * 4 + 2; set it to 8 or 12", "micro=1"),
+    ("batch", "micro=2 batch=3", 2, "train.global_batch_size", "set it to 4, or", "batch=4"),
+    ("schedule", "max_steps=100 optimizer.lr_warmup_steps=100", 1, "optimizer.lr_warmup_steps", "=100: the run has only train.max_steps(100)", "optimizer.lr_warmup_steps=99"),
+    ("schedule", "optimizer.min_lr=0.002", 1, "optimizer.min_lr", "is above the peak optimizer.lr(0.001); lower it, e.g. to 0.0001", "optimizer.min_lr=0.001"),
+    ("schedule", "optimizer.lr_num_cycles=2", 1, "optimizer.lr_num_cycles", "lr_decay_style cosine has no cycles", "optimizer.lr_decay_style=cosine_with_restarts"),
+    ("evaluation", "train.early_stop_patience=2", 1, "train.early_stop_patience", "give train.eval_interval", "train.eval_interval=5"),
+    ("evaluation", "train.exact_match=true data.validation_rows=0", 1, "train.exact_match", "there are no validation rows", "data.validation=v.jsonl"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rule,keys,world,field,words,mend", CASES, ids=[f"{case[0]}-{i}" for i, case in enumerate(CASES)])
+def test_a_rule(rule, keys, world, field, words, mend):
+    broken, layout = recipe(keys), layout_of(recipe(keys), world)
+    (one,) = (each for each in rules.RULES if each.__name__ == rule)
+    fired = {problem.field: str(problem) for problem in one(broken, layout)}
+    assert field in fired and words in fired[field]
+    assert violations(broken, world)[field] == fired[field]
+    assert violations(recipe(f"{keys} {mend}"), world) == {}
+
+
+def test_every_rule_has_a_case_and_a_reason():
+    assert {rule.__name__ for rule in rules.RULES} == {case[0] for case in CASES}
+    assert all(rule.__doc__ for rule in rules.RULES)
+
+
+def test_a_preset_and_a_folder_are_two_sources_of_the_shape(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    both = recipe(f"preset=tiny-moe model.init_from={tmp_path}")
+    assert list(violations(both)) == ["model.preset"]
+    assert violations(recipe(f"model.init_from={tmp_path}")) == {}
+
+
+def test_the_tokenizer_must_fit_once_it_is_known():
+    check_vocabulary(recipe(), 10**6)
+    check_vocabulary(recipe("model.vocab_size=500"), 500)
+    with pytest.raises(ConfigError, match="model.vocab_size=500: the tokenizer has 501 ids; set it to null, or to 501"):
+        check_vocabulary(recipe("model.vocab_size=500"), 501)
+
+
+def test_all_violations_at_once():
+    broken = recipe("tp=3 experts=5 ep=2 sequence=257 cp=2 batch=7 micro=2")
+    found = violations(broken, 12)
+    assert set(found) >= {
+        "model.num_attention_heads", "model.num_moe_experts", "parallel.sequence_parallel",
+        "data.sequence_length", "train.global_batch_size",
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match=f"^{len(found)} problems in the recipe:\n  - "):
+        check(broken, 12)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_valid(preset):
+    assert violations(recipe(f"preset={preset}")) == {}
+
+
+@pytest.mark.parametrize(
+    "keys,ranks",
+    [
+        ("", 1),
+        ("tp=2 pp=2 cp=2", 8),
+        ("tp=2 dp=3", 6),
+        ("preset=tiny-moe ep=2", 2),
+        ("preset=tiny-moe ep=2 pp=2", 4),
+        ("preset=tiny-moe ep=2 tp=2 sp=true", 2),  # expert ranks are the tensor-parallel ones
+        ("preset=tiny-moe ep=4 tp=2 sp=true pp=2", 8),
+        ("preset=tiny-moe ep=2 etp=2 tp=2 sp=true", 4),
+        ("preset=tiny-moe ep=4 cp=2", 4),
+        ("preset=tiny-moe ep=2 dp=4", 4),
+    ],
+)
+def test_ranks_of_a_bare_start(keys, ranks):
+    """The least world on which the layout is valid: brute force over smaller ones."""
+    keys = f"batch=24 {keys}"
+    assert world_size_of(recipe(keys)) == ranks
+    assert violations(recipe(keys)) == {}
+    assert all(violations(recipe(keys), fewer) for fewer in range(1, ranks))
+
+
+def test_ep_without_experts_is_said_for_a_bare_start():
+    assert "parallel.expert_model_parallel_size" in violations(recipe("ep=2"))
+
+
+def test_a_row_divides_into_the_chunks_of_every_rank():
+    assert sequence_multiple(layout_of(recipe()), False) == 1
+    assert sequence_multiple(layout_of(recipe("tp=2")), False) == 1
+    assert sequence_multiple(layout_of(recipe("tp=2")), True) == 2
+    assert sequence_multiple(layout_of(recipe("tp=2 cp=4")), True) == 16

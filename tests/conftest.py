@@ -1,0 +1,21 @@
+"""Shared fixtures: real data beside the checkout, and ranks that start fast."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # `from ranks import run_ranks`
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of the small public data sets: $MEGALIGN_DATA, or ../shared/data beside the checkout."""
+    folder = Path(os.environ.get("MEGALIGN_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.fail(f"{folder} is absent: put the data sets there or set MEGALIGN_DATA (see CONTRIBUTING.md)")
+    return folder

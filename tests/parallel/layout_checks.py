@@ -1,0 +1,146 @@
+"""One training step on any layout: loss and every full gradient, for comparison with one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megalign.batch import Batch, collate
+from megalign.config.schema import ModelConfig
+from megalign.data.rows import Example
+
+VOCAB = 120
+SEQUENCE = 32
+
+
+def microbatches(count: int, document_multiple: int = 1) -> list[Batch]:
+    """Packed rows of random documents of different lengths; about half of the tokens are scored."""
+    numbers = np.random.default_rng(7)
+    rows = []
+    for _ in range(count):
+        documents = []
+        for length in (12, 8, 9):
+            mask = numbers.random(length) < 0.5
+            mask[0], mask[-1] = False, True
+            documents.append(Example(numbers.integers(0, VOCAB, length).astype(np.int32), mask))
+        rows.append(collate([documents], sequence_length=SEQUENCE + 8 * (document_multiple > 1), pad_id=0, document_multiple=document_multiple))
+    return rows
+
+
+def step_save_load_step(model: dict[str, Any], layout: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A step, a checkpoint saved and loaded, another step; then Adam's step counts and what was started on the way."""
+    import multiprocessing
+
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+    from torch._dynamo.utils import counters
+
+    from megalign.parallel import checkpoint
+
+    run = Run(model, layout, distributed=True)
+    run.step()
+    saved = checkpoint.save(folder, 1, run.chunks, run.optimizer, {"step": 1}, run.grid)
+    checkpoint.load(saved, run.chunks, run.optimizer, run.grid, same_generators=True)
+    run.step()
+    inner = [part.optimizer for part in getattr(run.optimizer, "chained_optimizers", [run.optimizer])]
+    steps = sorted({float(state["step"]) for optimizer in inner for state in optimizer.state.values()})
+    before = torch.get_rng_state()
+    with get_cuda_rng_tracker().fork():
+        torch.rand(3)
+    isolated = torch.equal(before, torch.get_rng_state())  # what is drawn in a fork must not move the default generator
+    return {"isolated": isolated, "compiled": bool(counters["frames"]), "helpers": len(multiprocessing.active_children()), "adam_steps": steps}
+
+
+def gradients(model: dict[str, Any], layout: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Losses, the last gradient norm, full gradients and weights after steps over 4 microbatches on this layout."""
+    from megalign.models.weights import stream_full
+    from megalign.parallel.grid import destroy_grid
+
+    distributed = options.get("use_distributed_optimizer", False)
+    run = Run(model, layout, distributed=distributed, document_multiple=options.get("document_multiple", 1))
+    losses, grads, norm = [], {}, 0.0
+    for _ in range(options.get("steps", 1)):
+        losses.append(run.backward())
+        if not (distributed and run.grid.data_context.size > 1):  # there each rank has its part of the buffer only
+            grads = {name: full.clone() for name, full in stream_full(run.chunks, run.grid, value=lambda p: p.main_grad)}
+        _, norm, _ = run.optimizer.step()
+    weights = {name: full.clone() for name, full in stream_full(run.chunks, run.grid)} if options.get("weights") else {}
+    destroy_grid()
+    return {"losses": losses, "norm": float(norm), "grads": grads, "weights": weights}
+
+
+class Run:
+    """A small model with its optimizer on a layout, and four microbatches shared out over its data ranks."""
+
+    def __init__(self, model: dict[str, Any], layout: dict[str, Any], *, distributed: bool, document_multiple: int = 1):
+        from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+        from megalign.models.build import build_chunks
+        from megalign.models.weights import initialise
+        from megalign.parallel.grid import create_grid
+        from megalign.parallel.optimizer import create_optimizer, wrap_data_parallel
+
+        sizes = {key: value for key, value in layout.items() if key != "sequence_parallel"}
+        self.grid = create_grid(**sizes)
+        model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+        config = ModelConfig(**model)
+        models = build_chunks(config, self.grid, VOCAB, sequence_parallel=layout.get("sequence_parallel", False))
+        initialise(models, config, self.grid, seed=3)
+        self.chunks = wrap_data_parallel(models, models[0].config, use_distributed_optimizer=distributed)
+        self.optimizer = create_optimizer(
+            self.chunks,
+            lr=1e-3,
+            weight_decay=0.01,
+            adam_beta1=0.9,
+            adam_beta2=0.95,
+            adam_eps=1e-8,
+            clip_grad=1.0,
+            bf16=False,
+            use_distributed_optimizer=distributed,
+        )
+        everything = microbatches(4, document_multiple)
+        share = len(everything) // self.grid.data.size
+        self.mine = everything[self.grid.data.rank * share : (self.grid.data.rank + 1) * share]
+        self.total = sum(int(batch.loss_mask.sum()) for batch in everything)
+
+    def backward(self) -> float:
+        """Forward and backward; return the mean loss over all scored tokens."""
+        from megalign.losses import cross_entropy_loss
+        from megalign.models.forward import scored_logprobs
+        from megalign.parallel.optimizer import zero_gradients
+        from megalign.parallel.schedule import forward_backward, from_last_stage, rescale_for_megatron, sum_over
+
+        def forward(chunk: Any, batch: Batch) -> Any:
+            def loss(output: torch.Tensor) -> Any:
+                result = cross_entropy_loss(*output)
+                return rescale_for_megatron(result.sum, self.total, len(self.mine), self.grid), {"loss": result.sum.detach()}
+
+            return scored_logprobs(chunk, batch, self.grid), loss
+
+        zero_gradients(self.chunks, self.optimizer)
+        tokens = len(self.mine[0].tokens)
+        metrics = forward_backward(self.chunks, self.mine, forward, grid=self.grid, tokens_per_microbatch=tokens)
+        local = torch.tensor(float(sum(part["loss"] for part in metrics)))
+        total = from_last_stage(sum_over(local, self.grid.data_context.group), self.grid)
+        return (total / self.total).item()
+
+    def step(self) -> None:
+        """One optimizer step."""
+        self.backward()
+        self.optimizer.step()
+
+
+def gradients_without_norm_reduction(model: dict[str, Any], layout: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """The same with a defect: no RMSNorm asks for its gradient to be summed."""
+    from megalign.parallel import layers
+
+    original = layers.RMSNorm.__init__
+
+    def forgetful(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self.weight.sequence_parallel = False
+
+    layers.RMSNorm.__init__ = forgetful  # this process is a fork of its own
+    return gradients(model, layout, options)

@@ -1,0 +1,66 @@
+"""Ranks read from what torchrun, SLURM and MPI leave in the environment."""
+
+from __future__ import annotations
+
+import pytest
+
+from megalign.parallel.init import first_host, in_distributed_launch, read_world
+from megalign.parallel.local import RankFailure, describe_failure
+
+
+def test_torchrun():
+    world = read_world({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "h1", "MASTER_PORT": "1234"})
+    assert (world.rank, world.size, world.local_rank, world.local_size) == (5, 8, 1, 4)
+    assert (world.address, world.port, world.launcher) == ("h1", 1234, "torchrun")
+
+
+SLURM = {
+    "SLURM_PROCID": "9",
+    "SLURM_NTASKS": "16",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_ID": "0",
+    "SLURM_JOB_ID": "4242",
+    "SLURM_JOB_NODELIST": "gpu[03-05,9]",
+    "SLURM_TASKS_PER_NODE": "8(x2)",
+}
+
+
+def test_slurm_inside_a_step():
+    world = read_world(SLURM)
+    assert (world.rank, world.size, world.local_rank, world.local_size) == (9, 16, 1, 8)
+    assert (world.address, world.port, world.launcher) == ("gpu03", 24242, "slurm")
+    assert read_world({**SLURM, "MASTER_ADDR": "elsewhere", "MASTER_PORT": "7"}).address == "elsewhere"
+
+
+def test_a_shell_inside_an_allocation_is_no_rank():
+    shell = {name: value for name, value in SLURM.items() if name != "SLURM_STEP_ID"}
+    assert read_world(shell).launcher == "bare" and not in_distributed_launch(shell)
+
+
+def test_mpi():
+    env = {"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}
+    world = read_world(env)
+    assert (world.rank, world.size, world.local_rank, world.launcher) == (2, 4, 2, "mpi")
+    with pytest.raises(RuntimeError, match="MASTER_ADDR is not set"):
+        read_world({**env, "OMPI_COMM_WORLD_LOCAL_SIZE": "2"})
+
+
+def test_bare():
+    assert read_world({}).size == 1 and not in_distributed_launch({})
+
+
+@pytest.mark.parametrize("nodes, host", [("n1", "n1"), ("n1,n2", "n1"), ("gpu[03-05,9]", "gpu03"), ("a-b[7]-x,c", "a-b7-x")])
+def test_first_host(nodes: str, host: str):
+    assert first_host(nodes) == host
+
+
+def _failure(rank: int, message: str, time: float, exit_code: int = 1, expected: bool = False) -> RankFailure:
+    return RankFailure(rank, exit_code, time, message, "Traceback of " + message, expected)
+
+
+def test_the_first_cause_is_shown_not_its_echoes(tmp_path):
+    echo = _failure(0, "RuntimeError: Connection closed by peer [127.0.0.1]:1", 1.0)
+    assert "ValueError: bad" in describe_failure([echo, _failure(2, "ValueError: bad", 2.0)], 4, tmp_path)
+    killed = describe_failure([echo, _failure(3, "Signal 9", 3.0, exit_code=-9)], 4, tmp_path)
+    assert "rank 3 of 4 was killed by SIGKILL" in killed and "Connection" not in killed
+    assert describe_failure([_failure(1, "data.train: no such file", 1.0, expected=True)], 2, tmp_path) == "error: data.train: no such file"

@@ -1,0 +1,85 @@
+"""P13: loss and every gradient of a layout equal those of one process; P14, P5 along the way.
+
+The oracle is one process on the same microbatches, not a stored number. Tolerances are those of requirement P13.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import layout_checks
+import pytest
+import torch
+from ranks import run_ranks
+
+DENSE = dict(num_layers=4, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4, num_query_groups=2)
+TIED = {**DENSE, "share_embeddings_and_output_weights": True, "qk_layernorm": True}
+MOE = {
+    **DENSE,
+    "qk_layernorm": True,
+    "num_moe_experts": 4,
+    "moe_ffn_hidden_size": 48,
+    "moe_shared_expert_intermediate_size": 32,
+    "moe_aux_loss_coeff": 0.01,
+    "moe_z_loss_coeff": 1e-3,
+}
+MODELS = {"dense": DENSE, "tied": TIED, "moe": MOE, "allgather": {**MOE, "moe_token_dispatcher_type": "allgather"}}
+TP2 = dict(tensor_model_parallel_size=2, sequence_parallel=True)
+PP2 = dict(pipeline_model_parallel_size=2)
+
+CELLS: list[tuple[str, int, dict[str, Any], dict[str, Any]]] = [
+    ("dense", 2, dict(tensor_model_parallel_size=2), {}),
+    ("tied", 4, {**TP2, **PP2}, {}),
+    ("moe", 2, TP2, {}),
+    ("moe", 2, PP2, {}),
+    ("moe", 2, dict(expert_model_parallel_size=2), {}),
+    ("allgather", 2, dict(expert_model_parallel_size=2), {}),
+    ("moe", 2, {}, {}),
+    ("moe", 4, {**TP2, **PP2, "expert_model_parallel_size": 2}, {}),
+    ("moe", 2, dict(context_parallel_size=2), {"document_multiple": 4}),
+    ("dense", 2, {**PP2, "virtual_pipeline_model_parallel_size": 2}, {}),
+    ("moe", 4, {**TP2, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 2}, {}),
+]
+
+
+@cache
+def one_process(model: str, multiple: int) -> dict[str, Any]:
+    return run_ranks(layout_checks.gradients, 1, MODELS[model], {}, {"document_multiple": multiple})[0]
+
+
+def worst_gradient(found: dict[str, Any], expected: dict[str, Any]) -> tuple[float, str]:
+    """Largest difference in units of P13's tolerance, 1e-5 max|g| + 1e-9, and its parameter."""
+    assert found["grads"].keys() == expected["grads"].keys()
+    return max(
+        (float((found["grads"][name] - g).abs().max() / (1e-5 * g.abs().max() + 1e-9)), name) for name, g in expected["grads"].items()
+    )
+
+
+@pytest.mark.parametrize("model, world, layout, options", CELLS, ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else str(value))
+def test_layout_equals_one_process(model: str, world: int, layout: dict[str, Any], options: dict[str, Any]):
+    expected = one_process(model, options.get("document_multiple", 1))
+    found = run_ranks(layout_checks.gradients, world, MODELS[model], layout, options)[0]
+    assert found["losses"][0] == pytest.approx(expected["losses"][0], rel=1e-6)
+    assert found["norm"] == pytest.approx(expected["norm"], rel=1e-6)
+    ratio, name = worst_gradient(found, expected)
+    assert ratio <= 1, f"{name}: {ratio:.1f} times the tolerance"
+
+
+def test_a_lost_reduction_is_seen():
+    """The comparison can fail: RMSNorm weights without their attribute are not summed over tensor ranks."""
+    expected = one_process("moe", 1)
+    found = run_ranks(layout_checks.gradients_without_norm_reduction, 2, MOE, TP2, {})[0]
+    ratio, name = worst_gradient(found, expected)
+    assert ratio > 1000 and "layernorm" in name
+
+
+def test_distributed_optimizer_equals_the_unsharded_one():
+    """P14: five steps, two data-parallel ranks, optimizer state sharded or not."""
+    options = {"steps": 5, "weights": True}
+    plain, sharded = (
+        run_ranks(layout_checks.gradients, 2, MOE, {}, {**options, "use_distributed_optimizer": sharded})[0] for sharded in (False, True)
+    )
+    assert plain["losses"] == pytest.approx(sharded["losses"], rel=1e-6)
+    for name, weight in plain["weights"].items():
+        torch.testing.assert_close(sharded["weights"][name], weight, rtol=0, atol=2e-5)

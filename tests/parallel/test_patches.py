@@ -1,0 +1,85 @@
+"""Each patch to megatron-core is still needed: its upstream line stands, and without it something breaks."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import layout_checks
+import pytest
+import torch
+from ranks import run_ranks
+
+from megalign.parallel.patches import MEGATRON_VERSION, PATCHES, install
+
+MOE = dict(num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_moe_experts=4, moe_aux_loss_coeff=0.01)
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name)
+def test_the_upstream_line_stands(patch: Any):
+    spec = importlib.util.find_spec("megatron.core")
+    assert spec is not None and spec.origin is not None
+    lines = (Path(spec.origin).parent / patch.file).read_text().splitlines()
+    assert patch.snippet in lines[patch.line - 1], f"{patch.file}:{patch.line} is now {lines[patch.line - 1].strip()!r}; is the patch still needed?"
+
+
+# Where each patch is missed, and what the probe then shows; healthy: {"isolated": True, "compiled": False, "helpers": 0, "adam_steps": [2.0]}.
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "one": {},
+    "expert": {"expert_model_parallel_size": 2},
+    "cut experts": {
+        "tensor_model_parallel_size": 2,
+        "sequence_parallel": True,
+        "expert_model_parallel_size": 2,
+        "expert_tensor_parallel_size": 2,
+    },
+}
+MISSED = {
+    "device": ("one", "Torch not compiled with CUDA enabled|cuda"),
+    "tensor-methods": ("one", "torch.cuda|FloatTensor|cuda"),
+    "rng": ("one", "'isolated': False"),
+    "no-compile": ("one", "'compiled': True"),
+    "split-sizes": ("expert", "Error"),
+    "uneven-collectives": ("cut experts", "Error"),
+    "te-gemm-name": ("one", "NameError.*te_general_gemm"),
+    "results-queue": ("one", "'helpers': 1"),
+    "optimizer-state-step": ("one", "KeyError: 'step'"),
+    "optimizer-shared-step": ("one", r"'adam_steps': \[[^2]"),
+}
+WORLD = {"one": 1, "expert": 2, "cut experts": 4}
+
+
+def probe(layout: dict[str, Any], folder: str) -> str:
+    """Two steps of a small MoE with a save and a load between them: what is to be seen, or the error."""
+    try:
+        return str(layout_checks.step_save_load_step(MOE, layout, Path(folder)))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_all_patches_together_suffice(layout: str, tmp_path: Path):
+    found = run_ranks(probe, WORLD[layout], LAYOUTS[layout], str(tmp_path))
+    assert found == [str({"isolated": True, "compiled": False, "helpers": 0, "adam_steps": [2.0]})] * WORLD[layout]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="most patches stand for a missing CUDA")
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name)
+def test_without_the_patch_it_breaks(patch: Any, tmp_path: Path):
+    layout, symptom = MISSED[patch.name]
+    before = functools.partial(install, skip=[patch.name])
+    found = run_ranks(probe, WORLD[layout], LAYOUTS[layout], str(tmp_path), before=before, abandon=True)
+    assert re.search(symptom, " ".join(map(str, found))), found
+
+
+def test_the_version_is_checked(monkeypatch: pytest.MonkeyPatch):
+    import importlib.metadata
+
+    from megalign.parallel import patches
+
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.99")
+    with pytest.raises(RuntimeError, match=f"0.99.*{MEGATRON_VERSION}"):
+        patches.install()
