@@ -84,8 +84,8 @@ def collate(
             bounds.append(start + _round_up(length, document_multiple))
             if bounds[-1] > limit:
                 raise ValueError(
-                    f"pack {number - 1}: its documents, each rounded up to a multiple of {document_multiple}, end "
-                    f"at token {bounds[-1]}, past {limit}; pack for this document_multiple, or raise pad_to"
+                    f"pack {number - 1}: its documents, each rounded up to a multiple of {document_multiple}, "
+                    f"end at token {bounds[-1]}, past {limit}; pack for this document_multiple, or raise pad_to"
                 )
             tokens[start : start + length] = document.input_ids
             labels[start : start + length - 1] = document.input_ids[1:]

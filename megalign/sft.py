@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from megalign.config.layout import total_steps
 from megalign.config.rules import check
 from megalign.config.schema import Recipe
 from megalign.config.size import count_parameters
+from megalign.data.dataset import Dataset
 from megalign.losses import TokenLoss, cross_entropy_loss
 from megalign.models.resolve import resolve_model
 from megalign.parallel.init import World
@@ -45,9 +48,26 @@ def sft(recipe: Recipe, world: World) -> None:
 
     engine = Engine(recipe, grid, this["vocab_size"])
     run.describe(train, validation, sys.argv)
+    try:
+        _train(engine, run, train, validation, this, resume_from, started, world)
+    finally:
+        if recipe.logging.report and grid.is_logger:
+            build_report(run.path)  # a run that a guard stopped has one too
+
+
+def _train(
+    engine: Engine,
+    run: RunFolder,
+    train: Dataset,
+    validation: Dataset,
+    this: dict[str, Any],
+    resume_from: Path | None,
+    started: float,
+    world: World,
+) -> None:
+    recipe = engine.recipe
     counts = count_parameters(recipe.model, this["vocab_size"])
-    steps = total_steps(recipe, len(train)) or 1
-    with open_logger(run, steps, resume_from) as log:
+    with open_logger(run, total_steps(recipe, len(train)) or 1, resume_from) as log:
         progress = fit(
             engine,
             train,
@@ -62,8 +82,6 @@ def sft(recipe: Recipe, world: World) -> None:
             peak_flops=world_peak_flops(world, recipe.train.precision),
         )
         finish(engine, run, train, validation, progress, counts, log, seconds=time.monotonic() - started)
-    if recipe.logging.report and grid.is_logger:
-        build_report(run.path)
 
 
 def token_loss(output: Tensor, batch: Batch) -> TokenLoss:

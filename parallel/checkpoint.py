@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 
 from megalign.parallel.grid import Grid
+from megalign.parallel.optimizer import create_states
 
 FORMAT = "megalign-checkpoint-1"
 _NAME = re.compile(r"iter_(\d{7,})")
@@ -212,7 +213,9 @@ def load(checkpoint: Path, chunks: Sequence[Any], optimizer: Any | None, grid: G
         good = previous_good(checkpoint)
         advice = f"the last good checkpoint before it is {good}" if good else "there is no good checkpoint before it"
         raise CheckpointError(f"{error}; {advice}") from None
-    state = dist_checkpointing.load(_sharded_state(chunks, optimizer, grid, loading=True), str(checkpoint / "state"))
+    if optimizer is not None:
+        create_states(optimizer)
+    state: Any = dist_checkpointing.load(_sharded_state(chunks, optimizer, grid, loading=True), str(checkpoint / "state"))
     for i, chunk in enumerate(chunks):
         _unwrap(chunk).load_state_dict(state[f"model{i}"])
     if optimizer is not None:
@@ -246,8 +249,9 @@ def _unwrap(chunk: Any) -> Any:
 def _generators() -> dict[str, Any]:
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
+    tracker: Any = get_cuda_rng_tracker()
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.empty(0, dtype=torch.uint8)
-    return {"torch": torch.get_rng_state(), "cuda": cuda, "tracker": get_cuda_rng_tracker().get_states()}
+    return {"torch": torch.get_rng_state(), "cuda": cuda, "tracker": tracker.get_states()}
 
 
 def _set_generators(state: dict[str, Any]) -> None:
@@ -256,7 +260,8 @@ def _set_generators(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available() and state["cuda"].numel():
         torch.cuda.set_rng_state(state["cuda"])
-    get_cuda_rng_tracker().set_states(state["tracker"])
+    tracker: Any = get_cuda_rng_tracker()
+    tracker.set_states(state["tracker"])
 
 
 def _together(doing: str, work: Callable[[], Any], grid: Grid, *, only_logger: bool = False) -> Any:
@@ -265,11 +270,19 @@ def _together(doing: str, work: Callable[[], Any], grid: Grid, *, only_logger: b
     if grid.is_logger or not only_logger:
         try:
             result = work()
-        except Exception as error:  # whatever it was, the other ranks must hear of it
-            failure = str(error) if isinstance(error, CheckpointError) else f"rank {grid.rank} could not {doing}: {error or type(error).__name__}"
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # whatever it was (torch's CheckpointException is no Exception), all must hear of it
+            failure = str(error) if isinstance(error, CheckpointError) else f"rank {grid.rank} could not {doing}: {_reason(error)}"
     failures: list[str | None] = [None] * grid.world
     dist.all_gather_object(failures, failure)
     told = [text for text in failures if text is not None]
     if told:
-        raise CheckpointError(told[0])
+        raise CheckpointError(max(told, key=lambda text: "Errno" in text))  # an operating system's reason says most
     return result
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, without the tracebacks that torch puts into its message."""
+    causes = [cause for cause, _ in getattr(error, "failures", {}).values()]
+    return "; ".join(str(cause).strip().splitlines()[-1] for cause in causes) or str(error) or type(error).__name__

@@ -93,7 +93,7 @@ def init(timeout_minutes: float = 30.0) -> World:
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         timeout = datetime.timedelta(minutes=timeout_minutes)
         if world.launcher == "bare":
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)  # pyright: ignore[reportPrivateImportUsage]
         else:
             meeting = f"tcp://{world.address}:{world.port}"
             if world.launcher == "torchrun":

@@ -60,6 +60,7 @@ def block_spec(config: TransformerConfig, implementation: str, vp_stage: int | N
 def local_layer_spec(config: TransformerConfig) -> ModuleSpec:
     """norm, attention, add; norm, MLP or experts, add."""
     qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
+    add: Any = get_bias_dropout_add
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
@@ -76,10 +77,10 @@ def local_layer_spec(config: TransformerConfig) -> ModuleSpec:
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=attention,
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=add,
             pre_mlp_layernorm=RMSNorm,
             mlp=mlp_spec(config),
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=add,
         ),
     )
 

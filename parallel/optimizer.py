@@ -22,7 +22,11 @@ def wrap_data_parallel(
 
     Sets the hooks of `config` (megatron's TransformerConfig) through which the schedule finds them.
     """
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
 
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -72,6 +76,23 @@ def create_optimizer(
         overlap_param_gather=overlap_param_gather,
     )
     return get_megatron_optimizer(config, list(chunks))
+
+
+def create_states(optimizer: Any) -> None:
+    """Give every parameter the Adam state of step 0, so that a checkpoint can be loaded into it.
+
+    torch's AdamW makes its states at the first step, but megatron-core reads them before it loads
+    (distrib_optimizer.py:637: exactly one distinct step, so none is an assertion).
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = part.optimizer
+        for parameter in (p for group in inner.param_groups for p in group["params"]):
+            if not inner.state[parameter]:
+                inner.state[parameter] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
 
 
 def set_learning_rate(optimizer: Any, lr: float) -> None:

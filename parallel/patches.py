@@ -13,6 +13,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.abc
+import importlib.machinery
 import importlib.metadata
 import logging
 import queue
@@ -65,7 +67,7 @@ def install(skip: Collection[str] = ()) -> None:
     _installed = True
 
 
-# Imported before the facade is handed out, so that none keeps the real torch.
+# What every run needs; imported at once, quietly, so that a fork server can share it.
 _MODULES = (
     "dist_checkpointing",
     "dist_checkpointing.exchange_utils",
@@ -78,6 +80,7 @@ _MODULES = (
     "inference.communication_utils",
     "inference.contexts",
     "models.gpt",
+    "models.gpt.gpt_layer_specs",
     "optimizer",
     "pipeline_parallel",
     "tensor_parallel",
@@ -188,8 +191,35 @@ def _redirect_device() -> None:
     factories |= {f"{name}_like": _on_cpu(getattr(torch, f"{name}_like")) for name in ("empty", "zeros", "ones", "full")}
     facade = _Facade(torch, cuda=cuda, **factories)
     for name, module in list(sys.modules.items()):
-        if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
-            module.torch = facade  # pyright: ignore[reportAttributeAccessIssue]
+        if name.startswith("megatron.core"):
+            _hand_over(module, facade)
+    sys.meta_path.insert(0, _LaterImports(facade))
+
+
+def _hand_over(module: types.ModuleType, facade: types.ModuleType) -> None:
+    if getattr(module, "torch", None) is torch:
+        module.torch = facade  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class _LaterImports(importlib.abc.MetaPathFinder):
+    """Hands the facade to megatron modules that are imported after the patch."""
+
+    def __init__(self, facade: types.ModuleType):
+        self.facade = facade
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        if not name.startswith("megatron.core"):
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: types.ModuleType) -> None:
+                execute(module)
+                _hand_over(module, self.facade)
+
+            spec.loader.exec_module = exec_module
+        return spec
 
 
 def _tensor_methods() -> None:

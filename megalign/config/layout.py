@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megalign.config.schema import Recipe
 
-VOCAB_MULTIPLE = 64  # rows of the word embedding a tensor-parallel rank: GEMMs want multiples of 64
+VOCAB_MULTIPLE = 128  # rows of the embedding and output tables: GEMMs want such multiples
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,11 @@ def expert_tensor_parallel_size(recipe: Recipe) -> int:
 
 
 def padded_vocab(vocab_size: int, tensor_parallel_size: int) -> int:
-    """Rows of the embedding and output tables: `vocab_size` rounded up to a multiple of 64 * tp."""
-    multiple = VOCAB_MULTIPLE * tensor_parallel_size
+    """Rows of the embedding and output tables: `vocab_size` rounded up to a multiple of 128, and of tp.
+
+    The same for every power of two up to tp 128, so that a checkpoint fits another layout.
+    """
+    multiple = math.lcm(VOCAB_MULTIPLE, tensor_parallel_size)
     return -(-vocab_size // multiple) * multiple
 
 
@@ -109,7 +112,7 @@ def total_steps(recipe: Recipe, rows: int | None) -> int | None:
         return recipe.train.max_steps
     batch = recipe.train.global_batch_size
     steps_per_epoch = -(-rows // batch) if recipe.data.remainder == "pad" else rows // batch
-    return math.ceil(recipe.train.epochs * steps_per_epoch - 1e-9)  # 1.1 * 10 is 11 steps, not 12
+    return math.ceil(recipe.train.epochs * steps_per_epoch - 1e-9)  # 1.1 * 50 = 55.00000000000001
 
 
 def _model_ranks(recipe: Recipe) -> int:

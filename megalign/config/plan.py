@@ -59,7 +59,7 @@ def _model_table(recipe: Recipe, layout: Layout, vocab: int) -> Table:
         table.add_row(
             "active", f"{human_count(counts.active)}  (all but the experts a token does not choose)"
         )
-    table.add_row("vocabulary", f"{vocab:,} ids in {rows:,} rows (a multiple of 64 * tp({layout.tp}))")
+    table.add_row("vocabulary", f"{vocab:,} ids in {rows:,} rows (a multiple of 128 and of tp({layout.tp}))")
     return table
 
 

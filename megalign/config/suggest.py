@@ -98,8 +98,6 @@ def suggest(unknown: str) -> list[str]:
     """Known dotted keys that `unknown` (dotted) may have meant, best first; empty if none is near."""
     parent, _, leaf = unknown.rpartition(".")
     leaf = leaf.lower().replace("-", "_")
-    if leaf in ALIASES:
-        return [ALIASES[leaf]]
     elsewhere = [key for key in known_keys() if key.rpartition(".")[2] == leaf]
     if elsewhere:
         return elsewhere

@@ -50,8 +50,8 @@ def build_datasets(recipe: Recipe) -> tuple[Dataset, Dataset]:
         counts = dataset.statistics
         if counts["rows_read"] and not counts["scored_tokens"]:
             raise DataError(
-                f"data.{key}: no token is scored; of {counts['rows_read']} rows {counts['bad']} are unusable "
-                f"and {counts['truncated_away']} longer than data.sequence_length({recipe.data.sequence_length})"
+                f"data.{key}: no token is scored; of {counts['rows_read']} rows {counts['bad']} are "
+                f"unusable and {counts['truncated_away']} longer than data.sequence_length({recipe.data.sequence_length})"
                 f"{listing([BadRow(**row) for row in counts['rejected']], 5)}"
             )
     return train, validation

@@ -8,7 +8,6 @@ does), `check_template` stops the run before it starts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -128,14 +127,15 @@ def _fit(
     for end in [len(messages), *(shorter if truncation == "turn" else [])]:
         ids: list[int] = []
         scored: list[bool] = []
-        for segment in render(replace(row, messages=messages[:end]), template):
+        for segment in render(Conversation(messages[:end]), template):
             part = ids_of(segment)
             ids += part
             scored += [segment.scored or loss_on == "all"] * len(part)
         length = length or len(ids)
         if max_length is None or len(ids) <= max_length:
-            example = _example(ids, _last_run(scored) if loss_on == "completion" else scored)
-            return replace(example, messages_cut=len(messages) - end)
+            return _example(
+                ids, _last_run(scored) if loss_on == "completion" else scored, len(messages) - end
+            )
     if truncation == "error":
         raise DataError(
             f"{row.source}:{row.line}: {length} tokens, but data.sequence_length is {max_length}; "
@@ -156,10 +156,10 @@ def _last_run(scored: list[bool]) -> list[bool]:
     return [start <= t < end for t in range(len(scored))]
 
 
-def _example(ids: list[int] | np.ndarray, scored: list[bool] | np.ndarray) -> Example:
+def _example(ids: list[int] | np.ndarray, scored: list[bool] | np.ndarray, cut: int = 0) -> Example:
     loss_mask = np.array(scored, dtype=bool)
     loss_mask[:1] = False
-    return Example(np.array(ids, dtype=np.int32), loss_mask)
+    return Example(np.array(ids, dtype=np.int32), loss_mask, messages_cut=cut)
 
 
 def _segment_ids(segment: Segment, tokenizer: Tokenizer) -> list[int]:

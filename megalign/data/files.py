@@ -46,7 +46,7 @@ def _why(error: Exception) -> str:
 
 def _decode(raw: bytes) -> str:
     """Bytes that are not UTF-8 stay as lone surrogates: they spoil the string they are in, not the file."""
-    return raw.decode("utf-8", "replace")
+    return raw.decode("utf-8", "surrogateescape")
 
 
 def json_values(path: Path) -> Iterator[tuple[int, Any]]:

@@ -96,7 +96,7 @@ def showcase_prompts() -> list[Conversation]:
     """Three held-out dialogues that use every rule between them; the last message is the right answer."""
     return [
         dialogue(Scene("You are a pirate.", "Mina", "fox", "near the castle", "supper")),
-        dialogue(Scene("You are a wizard.", "Hugo", "owl", "at the station", "tea", guests="five")),
+        dialogue(Scene("You are a wizard.", "Hugo", "owl", "in the garden", "tea", guests="five")),
         dialogue(Scene("", "Ivy", "bear", "under the bridge", "walk", weather="foggy", bedtime=True)),
     ]
 

@@ -51,8 +51,8 @@ class Sampler:
         self._order_of: tuple[int, np.ndarray] | None = None
         if self.steps_per_epoch < 1:
             raise DataError(
-                f"{num_rows} rows make no batch of {global_batch_size} with data.remainder {remainder!r}; lower "
-                " train.global_batch_size, add data, or set data.remainder to pad"
+                f"{num_rows} rows make no batch of {global_batch_size} with data.remainder {remainder!r}; "
+                "lower train.global_batch_size, add data, or set data.remainder to pad"
             )
 
     @property
@@ -83,8 +83,8 @@ class Sampler:
         for key, value in self._order_state().items():
             if state[key] != value:
                 raise DataError(
-                    f"cannot resume: {key} is {value!r}, but {state[key]!r} in the checkpoint, so its data position "
-                    "means other rows; restore the data, tokenizer and train.seed of that run, or start a new one"
+                    f"cannot resume: {key} is {value!r}, but {state[key]!r} in the checkpoint, so its "
+                    "data position means other rows; restore the data, tokenizer and seed of that run, or start a new one"
                 )
         self.epoch, self.offset = state["epoch"], state["offset"]
 

@@ -41,8 +41,8 @@ def read_splits(recipe: Recipe) -> tuple[Split, Split]:
     readable = [number for number, row in enumerate(train.rows) if not isinstance(row, BadRow)]
     if data.validation_rows >= len(readable):
         raise DataError(
-            f"data.validation_rows is {data.validation_rows}, but data.train has {len(readable)} readable rows: "
-            "none would be left to train on; lower it (0: no validation), or give data.validation"
+            f"data.validation_rows is {data.validation_rows}, but data.train has {len(readable)} "
+            "readable rows: none would be left to train on; lower it (0: no validation), or give data.validation"
         )
     cut = readable[-data.validation_rows]
     return Split(train.rows[:cut], train.formats), Split(train.rows[cut:], train.formats)

@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from megalign.data.rows import Conversation, DataError, Message
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """A piece of the rendered string, tokenised on its own. `control`: the text is one special token."""
 
     text: str
@@ -34,16 +34,18 @@ class Template:
     jinja: str
 
 
+_START, _END = Segment("<|im_start|>", control=True), Segment("<|im_end|>", control=True)
+_SCORED_END, _NEWLINE = Segment("<|im_end|>", scored=True, control=True), Segment("\n")
+
+
 def _chatml_message(message: Message) -> list[Segment]:
     """`<|im_start|>role\\ncontent<|im_end|>\\n`; of an assistant, content and `<|im_end|>` are scored.
 
     The reply is a segment of its own because generation starts there: its tokens never merge with the header.
     """
-    start, end, newline = Segment("<|im_start|>", control=True), "<|im_end|>", Segment("\n")
     if message.role == "assistant":
-        reply = [Segment(message.content, scored=True), Segment(end, scored=True, control=True)]
-        return [start, Segment("assistant\n"), *reply, newline]
-    return [start, Segment(f"{message.role}\n{message.content}"), Segment(end, control=True), newline]
+        return [_START, Segment("assistant\n"), Segment(message.content, scored=True), _SCORED_END, _NEWLINE]
+    return [_START, Segment(f"{message.role}\n{message.content}"), _END, _NEWLINE]
 
 
 CHATML = Template(
@@ -51,7 +53,7 @@ CHATML = Template(
     control_tokens=("<|im_start|>", "<|im_end|>"),
     end_of_turn="<|im_end|>",
     render_message=_chatml_message,
-    generation_prompt=(Segment("<|im_start|>", control=True), Segment("assistant\n")),
+    generation_prompt=(_START, Segment("assistant\n")),
     jinja=(
         "{%- for message in messages -%}"
         "{{- '<|im_start|>' + message['role'] + '\\n' -}}"

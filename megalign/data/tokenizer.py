@@ -30,7 +30,9 @@ class Tokenizer:
         backend = hf.backend_tokenizer
         backend.no_padding()
         backend.no_truncation()
-        self.hash = hashlib.sha256(backend.to_str(pretty=True).encode()).hexdigest()  # of tokenizer.json as saved
+        self.hash = hashlib.sha256(
+            backend.to_str(pretty=True).encode()
+        ).hexdigest()  # of tokenizer.json as saved
         # A copy of our own: transformers flips `encode_special_tokens` on the original at every call.
         self._plain = tokenizers.Tokenizer.from_str(backend.to_str())
         control = {token for template in TEMPLATES.values() for token in template.control_tokens}

@@ -99,6 +99,7 @@ def build_chunks(model: ModelConfig, grid: Grid, vocab_size: int, *, sequence_pa
             config,
             block_spec(config, model.transformer_impl, vp_stage),
             vocab_size=padded_vocab(vocab_size, grid.tensor.size),
+            real_vocab_size=vocab_size,
             max_sequence_length=model.max_position_embeddings,
             pre_process=grid.is_first_stage and stage == 0,
             post_process=grid.is_last_stage and stage == stages - 1,
@@ -108,18 +109,18 @@ def build_chunks(model: ModelConfig, grid: Grid, vocab_size: int, *, sequence_pa
             pg_collection=grid.process_groups,
             vp_stage=vp_stage,
         )
-        _tag_experts(chunk, grid)
+        _tag_experts(chunk)
         chunks.append(chunk if not torch.cuda.is_available() else chunk.cuda())
     return chunks
 
 
-def _tag_experts(chunk: DialogueModel, grid: Grid) -> None:
-    """Say that experts are reduced over their own data-parallel group wherever that is not the dense one.
+def _tag_experts(chunk: DialogueModel) -> None:
+    """Say that experts are reduced over their own data-parallel group, and have an optimizer of their own.
 
-    megatron-core 0.16.1 (tensor_parallel/layers.py:886) says so only when expert_model_parallel_size > 1; with TP 2, EP 1 and
-    ETP 1 each tensor rank's experts would silently keep the gradient of its own tokens alone.
+    megatron-core 0.16.1 (tensor_parallel/layers.py:886) says so only when expert_model_parallel_size > 1. With
+    TP 2, EP 1 and ETP 1 each tensor rank's experts would silently keep the gradient of its own tokens alone; and
+    a checkpoint saved with one kind of optimizer could not be loaded into the other.
     """
-    if grid.expert_data.size != grid.data_context.size:
-        for name, parameter in chunk.named_parameters():
-            if ".local_experts." in name:
-                parameter.allreduce = False  # pyright: ignore[reportAttributeAccessIssue]
+    for name, parameter in chunk.named_parameters():
+        if ".local_experts." in name:
+            parameter.allreduce = False  # pyright: ignore[reportAttributeAccessIssue]

@@ -23,6 +23,11 @@ class DialogueModel(GPTModel):
     Without labels: logits, as megatron-core returns them.
     """
 
+    def __init__(self, *args: Any, real_vocab_size: int, **kwargs: Any):
+        """real_vocab_size: rows of the tables that stand for tokens; the rest is padding."""
+        super().__init__(*args, **kwargs)
+        self.real_vocab_size = real_vocab_size
+
     def _postprocess(self, hidden_states: Tensor, *args: Any, labels: Tensor | None = None, loss_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         if labels is None or not self.post_process:
             return super()._postprocess(hidden_states, *args, labels=None, loss_mask=loss_mask, **kwargs)
@@ -36,6 +41,6 @@ class DialogueModel(GPTModel):
         scored = mask.flatten().nonzero().squeeze(-1)
         # [S, B, D] with B = 1 for packed rows; [B, S] labels follow the same order after the transpose.
         hidden_TD = hidden.transpose(0, 1).reshape(-1, hidden.shape[-1])[scored]
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
-        logprobs, correct = vocab_parallel_logprobs(hidden_TD, weight, labels.flatten()[scored], group)
+        weight: Any = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+        logprobs, correct = vocab_parallel_logprobs(hidden_TD, weight, labels.flatten()[scored], group, self.real_vocab_size)
         return torch.stack([logprobs, correct.float()])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megalign.config.layout import padded_vocab
 from megalign.config.schema import ModelConfig
@@ -31,11 +32,17 @@ def save_pretrained(
 ) -> None:
     """Write the model as a Hugging Face folder (collective; rank 0 writes, one tensor in memory at a time)."""
     stream = stream_full(chunks, grid)
-    if grid.rank != 0:
-        for _ in stream:
-            pass
-        return
-    dimensions = Dimensions.of(model, vocab_size, padded_vocab(vocab_size, grid.tensor.size))
-    named = family_of_model(model).conversion(dimensions).to_hf(stream)
-    config = hf_config_from_model(model, vocab_size, str(dtype).removeprefix("torch."), eos_token_id=eos)
-    write_hf(folder, named, config, dtype=dtype, tokenizer=tokenizer)
+    failure: list[BaseException | None] = [None]
+    if grid.rank == 0:
+        try:
+            dimensions = Dimensions.of(model, vocab_size, padded_vocab(vocab_size, grid.tensor.size))
+            named = family_of_model(model).conversion(dimensions).to_hf(stream)
+            config = hf_config_from_model(model, vocab_size, str(dtype).removeprefix("torch."), eos_token_id=eos)
+            write_hf(folder, named, config, dtype=dtype, tokenizer=tokenizer)
+        except Exception as error:
+            failure = [error]
+    for _ in stream:  # the other ranks' part; and on rank 0, after an error, what they still wait to send
+        pass
+    dist.broadcast_object_list(failure, src=0)
+    if failure[0] is not None:
+        raise failure[0]

@@ -28,6 +28,15 @@ def resolve_model(recipe: Recipe) -> Recipe:
             recipe.model.init_from,
         )
         raise ConfigError([problem]) from None
+    shape = model_config_from_hf(config)
+    given = recipe.model.model_dump(include=recipe.model.model_fields_set)
+    problems = [
+        Problem(f"model.{key}", f"{path} says {shape[key]!r}", "leave it out beside model.init_from", value)
+        for key, value in given.items()
+        if value is not None and key in shape and shape[key] != value
+    ]
+    if problems:
+        raise ConfigError(problems)
     resolved = recipe.model_copy(deep=True)
-    resolved.model = ModelConfig(**{**recipe.model.model_dump(), **model_config_from_hf(config)})
+    resolved.model = ModelConfig.model_validate({**recipe.model.model_dump(), **shape})
     return resolved

@@ -17,7 +17,16 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 
 from megalign.config.schema import ModelConfig
-from megalign.models.hf.shards import Columns, GatedRows, Place, Rows, cut_of, full_from_locals, global_name, local_from_full
+from megalign.models.hf.shards import (
+    Columns,
+    GatedRows,
+    Place,
+    Rows,
+    cut_of,
+    full_from_locals,
+    global_name,
+    local_from_full,
+)
 from megalign.parallel.grid import Grid
 
 
@@ -47,7 +56,10 @@ def named_parameters(chunks: Sequence[Any], grid: Grid) -> Iterator[tuple[str, T
 def load_full(chunks: Sequence[Any], grid: Grid, source: Callable[[str, Tensor, Place], Tensor]) -> None:
     """Fill every parameter with its part of `source(name, local parameter, place)`, the full tensor."""
     for name, parameter, place in named_parameters(chunks, grid):
-        parameter.copy_(local_from_full(name, source(name, parameter, place), place))
+        local = local_from_full(name, source(name, parameter, place), place)
+        if local.shape != parameter.shape:  # copy_ would broadcast
+            raise ValueError(f"{name}: this rank's part has shape {tuple(local.shape)}, its parameter {tuple(parameter.shape)}")
+        parameter.copy_(local)
 
 
 def initialise(chunks: Sequence[Any], model: ModelConfig, grid: Grid, seed: int) -> None:

@@ -35,12 +35,12 @@ class Decoder:
 
     @torch.no_grad()  # not inference_mode: the model keeps its rotary tables for training
     def step(self, tokens_BN: Tensor) -> Tensor | None:
-        """Append N tokens to every row; last stage: FP32 logits [B, V] after the last one; other stages: None."""
+        """Append N tokens a row; FP32 logits [B, V] after the last one on the last stage, else None."""
         tokens_BN = tokens_BN.to(device())
         start, count = self.context.sequence_len_offset, tokens_BN.shape[1]
         slots_N = torch.arange(start, start + count, device=device())
         positions_BN = (slots_N - self.first_B[:, None]).clamp(min=0)
-        mask = self._mask(slots_N)
+        mask = hidden_slots(slots_N, self.first_B)
         options = {"inference_context": self.context, "runtime_gather_output": True}
         out: Any = None
         for chunk in self.chunks:
@@ -56,17 +56,6 @@ class Decoder:
         self.context.enable_decode_mode()
         return out[:, -1].float() if self.chunks[-1].post_process else None
 
-    def _mask(self, slots_N: Tensor) -> Tensor:
-        """[B, 1, N, S'] True where a slot must not look: ahead, and at padding.
-
-        A padding slot looks at itself: a softmax over nothing would be NaN, and NaN spreads through 0 * NaN.
-        """
-        keys_S = torch.arange(int(slots_N[-1]) + 1, device=slots_N.device)
-        ahead_NS = keys_S > slots_N[:, None]
-        itself_NS = keys_S == slots_N[:, None]
-        padding_B1S = (keys_S < self.first_B[:, None])[:, None]
-        return (ahead_NS | padding_B1S & ~itself_NS)[:, None]
-
     def _receive(self, hidden_NBD: Tensor) -> Tensor:
         dist.recv(hidden_NBD, self._stage(-1), group=self.grid.pipeline.group)
         return hidden_NBD
@@ -78,3 +67,14 @@ class Decoder:
         """Global rank of a neighbour; the last stage's next is the first (interleaved stages)."""
         pipeline = self.grid.pipeline
         return dist.get_global_rank(pipeline.group, (pipeline.rank + step) % pipeline.size)
+
+
+def hidden_slots(slots_N: Tensor, first_B: Tensor) -> Tensor:
+    """The attention mask [B, 1, N, S'] of queries in `slots_N`: True at keys ahead, and at padding.
+
+    A padding slot looks at itself: a softmax over nothing would be NaN, and NaN spreads through 0 * NaN.
+    """
+    keys_S = torch.arange(int(slots_N[-1]) + 1, device=slots_N.device)
+    ahead_NS, itself_NS = keys_S > slots_N[:, None], keys_S == slots_N[:, None]
+    padding_B1S = (keys_S < first_B[:, None])[:, None]
+    return (ahead_NS | padding_B1S & ~itself_NS)[:, None]

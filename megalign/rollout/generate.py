@@ -37,13 +37,13 @@ def generate(
     seed: int = 0,
     on_token: OnToken | None = None,
 ) -> list[list[int]]:
-    """Continue each prompt; return the new tokens, the stop token included where a row reached one (collective).
+    """Continue each prompt; return its new tokens, the stop token included if it came (collective).
 
-    All ranks call it with the same arguments (`on_token` apart) and get the same result. A row ends at a token
-    of `stop_ids`, after `max_new_tokens`, or where the model's context is full. vocab_size: ids of the
+    All ranks call it with the same arguments (`on_token` apart) and get the same result. A row ends at a
+    token of `stop_ids`, after `max_new_tokens`, or where the model's context is full. vocab_size: ids of the
     tokenizer; the padding above is never drawn. The same seed gives the same tokens on every layout, up to
-    rounding. on_token(row, token): called for each new token; true ends all rows. What it raises it must raise
-    on every rank.
+    rounding. on_token(row, token): called for each new token; true ends all rows. What it raises it must
+    raise on every rank.
     Raises ConfigError for settings out of range, ValueError for a prompt that cannot be continued,
     FloatingPointError for logits that are not finite.
     """
@@ -100,9 +100,8 @@ def _check(
     from megalign.parallel.attention import SdpaCoreAttention
 
     modules = [module for chunk in chunks for module in chunk.modules()]
-    if not all(
-        isinstance(getattr(m, "core_attention", None), (SdpaCoreAttention, type(None))) for m in modules
-    ):
+    cores = [module.core_attention for module in modules if hasattr(module, "core_attention")]
+    if not all(isinstance(core, SdpaCoreAttention) for core in cores):
         raise ConfigError(
             "generation pads prompts, which needs the local attention; set model.transformer_impl to local"
         )
@@ -113,9 +112,7 @@ def _check(
         if not prompt:
             problem = "has no token, so there is nothing to continue; begin it with the end-of-document token"
         elif len(prompt) >= limit:
-            problem = (
-                f"has {len(prompt)} tokens, but the context holds {limit}, the answer included; shorten it"
-            )
+            problem = f"has {len(prompt)} tokens, but the context holds {limit}, answer included; shorten it"
         elif not 0 <= min(prompt) <= max(prompt) < vocab_size:
             found = f"{min(prompt)}..{max(prompt)}"
             problem = (

@@ -66,7 +66,7 @@ def sample(
 def distribution(
     logits_BV: Tensor, params: SamplingParams, *, vocab_size: int, seen_BV: Tensor | None = None
 ) -> Tensor:
-    """Log-probabilities [B, V] in FP64 of the distribution that `sample` draws from; -inf where it never does.
+    """Log-probabilities [B, V] FP64 of the distribution that `sample` draws from; -inf where it never does.
 
     In this order: rows of padding (id >= vocab_size) out; repetition penalty on the tokens marked in
     `seen_BV`; logits / temperature; top-k; top-p of what is left; normalise.

@@ -1,4 +1,4 @@
-"""Text of tokens as they come. A byte-level token may hold half a character, which must not be printed yet."""
+"""Text of tokens as they come. A byte-level token may hold half a character, not to be printed yet."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ _GROUPS = ("context_group", "cp_group")
 
 @contextlib.contextmanager
 def generating(chunks: Sequence[Any]) -> Iterator[None]:
-    """Eval mode, without sequence and context parallelism, expert capacity and router noise, for a `with` block."""
+    """Eval mode, without sequence and context parallelism, expert capacity and router noise, for a block."""
     with contextlib.ExitStack() as undo:
 
         def put(owner: Any, name: str, value: Any) -> None:

@@ -119,7 +119,9 @@ class Talk:
         messages = [*self.messages, Message("user", line)]
         ids = encode_prompt(Conversation(tuple(messages)), self.tokenizer, self.template)
         if len(ids) >= self.context:
-            problem = f"{len(ids)} tokens with this message, but the context holds {self.context}, the answer included"
+            problem = (
+                f"{len(ids)} tokens with this message, but the context holds {self.context}, answer included"
+            )
             if not self.interactive:
                 raise DataError(f"{problem}; shorten it: {line[:60]!r}")
             self._say(f"{problem}; shorten it, or start again with /reset", end="\n")

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 import megalign
 from megalign.config.load import dump_recipe
+from megalign.config.rules import check_vocabulary
 from megalign.config.schema import Recipe
 from megalign.data.dataset import Dataset, build_datasets, make_tokenizer
 from megalign.data.rows import Conversation
@@ -48,7 +49,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         found = list_checkpoints(self.checkpoints)
         if not found:
-            strangers = [entry.name for entry in self.path.iterdir() if entry.name not in _OWN]
+            strangers = [entry.name for entry in self.path.iterdir() if entry.name not in _OWN and not entry.name.endswith(".partial")]
             if strangers:
                 raise RunError(f"output: {self.path} is not empty ({', '.join(sorted(strangers)[:3])} ...) and no run of ours; choose another folder")
             return None
@@ -65,6 +66,7 @@ class RunFolder:
             dist.barrier()
             recipe.data.tokenizer.path = str(self.tokenizer)
         train, validation = build_datasets(recipe)
+        check_vocabulary(self.recipe, train.tokenizer.vocab_size)
         if self.grid.is_logger and not (self.tokenizer / "tokenizer.json").exists():
             train.tokenizer.save(self.tokenizer)
         return train, validation
@@ -85,7 +87,7 @@ class RunFolder:
             partial.rename(self.path / name)
 
 
-_OWN = {"recipe.yaml", "environment.json", "data.json", "metrics.jsonl", "metrics.jsonl.tmp", "samples.jsonl", "summary.json"} | {
+_OWN = {"recipe.yaml", "environment.json", "data.json", "metrics.jsonl", "metrics.jsonl.tmp", "report.html.tmp", "samples.jsonl", "summary.json"} | {
     "tokenizer",
     "logs",
     "tensorboard",

@@ -42,9 +42,15 @@ def test_the_axes_of_a_layout():
 
 
 @given(st.integers(1, 200_000), st.sampled_from([1, 2, 3, 4, 8]))
-def test_padded_vocabulary_is_the_least_multiple(vocab, tp):
+def test_padded_vocabulary_is_the_least_multiple_of_128_and_tp(vocab, tp):
     padded = padded_vocab(vocab, tp)
-    assert padded % (64 * tp) == 0 and vocab <= padded < vocab + 64 * tp
+    multiple = 384 if tp == 3 else 128
+    assert padded % multiple == 0 and vocab <= padded < vocab + multiple
+
+
+@given(st.integers(1, 200_000))
+def test_a_checkpoint_keeps_its_rows_on_other_layouts(vocab):
+    assert len({padded_vocab(vocab, tp) for tp in (1, 2, 4, 8, 16)}) == 1
 
 
 @pytest.mark.parametrize(
@@ -55,7 +61,7 @@ def test_padded_vocabulary_is_the_least_multiple(vocab, tp):
         (17, 8, 1.0, "drop", 2),
         (17, 8, 2.0, "pad", 6),
         (16, 8, 0.5, "pad", 1),
-        (80, 8, 1.1, "pad", 11),
+        (400, 8, 1.1, "pad", 55),  # 1.1 * 50 = 55.00000000000001
         (17, 8, 0.4, "pad", 2),
     ],
 )

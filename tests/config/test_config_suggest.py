@@ -17,6 +17,8 @@ from megalign.config.suggest import ALIASES, known_keys, suggest
         ("model.num_layer", "model.num_layers"),
         ("paralel", "parallel"),
         ("data.tokenizer.pth", "data.tokenizer.path"),
+        ("data.tokenizer.vocab_sise", "data.tokenizer.vocab_size"),  # not model's: the section counts
+        ("model.vocab_sise", "model.vocab_size"),
         # the right name in the wrong section
         ("lr", "optimizer.lr"),
         ("train.lr", "optimizer.lr"),

@@ -128,6 +128,7 @@ def test_documents_are_cut_not_shortened(tmp_path):
     whole = [*train.tokenizer.encode(text), train.tokenizer.eod]
     short = [*train.tokenizer.encode("A short one."), train.tokenizer.eod]
     scored = sorted(e.input_ids[e.loss_mask].tolist() for e in chain(*train.rows))
+    assert all(sum(map(len, group)) <= 64 for group in train.rows)
     flat = sorted(chain(*scored))
     assert flat == sorted(whole[1:] + short[1:])  # each token but the first of a document is a target once
     counts = train.statistics

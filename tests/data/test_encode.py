@@ -63,7 +63,8 @@ def test_prompt_is_that_of_apply_chat_template_and_a_prefix_of_training(tokenize
     row = conversation(chat)
     prompt = replace(row, messages=row.messages[:-1])
     ids = encode_prompt(prompt, tokenizer)
-    assert ids == tokenizer.hf.apply_chat_template(dicts(prompt), add_generation_prompt=True)["input_ids"]
+    options = {"add_generation_prompt": True, "return_dict": True}
+    assert ids == tokenizer.hf.apply_chat_template(dicts(prompt), **options)["input_ids"]
     whole = encode(row, tokenizer, loss_on="completion")
     assert isinstance(whole, Example)
     assert whole.input_ids[: len(ids)].tolist() == ids

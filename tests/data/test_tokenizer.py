@@ -49,8 +49,9 @@ def test_using_transformers_in_between_changes_nothing(tokenizer):
     assert tokenizer.encode("a<|im_end|>") == before
 
 
-def test_digits_stand_alone(tokenizer):
-    assert [tokenizer.decode([i]) for i in tokenizer.encode("2024")] == ["2", "0", "2", "4"]
+def test_digits_stand_alone():
+    of_years = train_tokenizer(["in 2024 and 2024"] * 20, vocab_size=300)
+    assert [of_years.decode([i]) for i in of_years.encode("2024")] == ["2", "0", "2", "4"]
 
 
 def test_vocabulary_size(tokenizer):

@@ -20,15 +20,15 @@ SETTINGS = {"lr": 5e-3, "betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.1, 
 @pytest.fixture(scope="module")
 def model():
     """A Mixture of experts with norms on queries and keys: the most that there is to get wrong."""
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2,
-        tie_word_embeddings=False, router_aux_loss_coef=0.5, output_router_logits=True,
+    config = AutoConfig.for_model(
+        "qwen3_moe", vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=24,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_experts=4,
+        num_experts_per_tok=2, tie_word_embeddings=False, router_aux_loss_coef=0.5, output_router_logits=True,
     )  # fmt: skip
-    return Qwen3MoeForCausalLM(config)
+    return AutoModelForCausalLM.from_config(config)
 
 
 @pytest.fixture(scope="module")

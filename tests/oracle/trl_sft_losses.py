@@ -51,8 +51,9 @@ def trl_sft_losses(
 ) -> dict[str, Any]:
     """Train the Hugging Face folder `model` in fp32 on the CPU for `steps` steps; see the module docstring.
 
-    A step takes the next batch_size * gradient_accumulation_steps rows, in the order given. Returns loss and grad_norm (nats and L2, a number a step), scored_tokens (a count
-    a step), no_decay (parameter names). Raises ValueError if the rows do not fill whole steps.
+    A step takes the next batch_size * gradient_accumulation_steps rows, in the order given; `model`
+    needs no tokenizer. Returns loss and grad_norm (nats and L2, a number a step), scored_tokens (a count a
+    step), no_decay (parameter names). Raises ValueError if there are too few rows.
     """
     rows_per_step = batch_size * gradient_accumulation_steps
     if len(rows) < rows_per_step * steps:
@@ -62,12 +63,14 @@ def trl_sft_losses(
         )
     import torch
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM
+    from tokenizers import Tokenizer, models
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
     from transformers.trainer_callback import PrinterCallback
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
     rows = list(rows[: rows_per_step * steps])
+    no_text = Tokenizer(models.WordLevel({"<pad>": 0}, unk_token="<pad>"))  # TRL wants one; the rows are ids
     policy = AutoModelForCausalLM.from_pretrained(
         model, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
     )
@@ -101,6 +104,9 @@ def trl_sft_losses(
         trainer = SFTTrainer(
             model=policy,
             args=config,
+            processing_class=PreTrainedTokenizerFast(
+                tokenizer_object=no_text, pad_token="<pad>", eos_token="<pad>"
+            ),
             train_dataset=Dataset.from_list(
                 [{key: row[key] for key in ("input_ids", "labels")} for row in rows]
             ),

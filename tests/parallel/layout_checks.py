@@ -12,7 +12,7 @@ from megalign.batch import Batch, collate
 from megalign.config.schema import ModelConfig
 from megalign.data.rows import Example
 
-VOCAB = 120
+VOCAB = 120  # padded to 128
 SEQUENCE = 32
 
 
@@ -47,7 +47,8 @@ def step_save_load_step(model: dict[str, Any], layout: dict[str, Any], folder: P
     inner = [part.optimizer for part in getattr(run.optimizer, "chained_optimizers", [run.optimizer])]
     steps = sorted({float(state["step"]) for optimizer in inner for state in optimizer.state.values()})
     before = torch.get_rng_state()
-    with get_cuda_rng_tracker().fork():
+    tracker: Any = get_cuda_rng_tracker()
+    with tracker.fork():
         torch.rand(3)
     isolated = torch.equal(before, torch.get_rng_state())  # what is drawn in a fork must not move the default generator
     return {"isolated": isolated, "compiled": bool(counters["frames"]), "helpers": len(multiprocessing.active_children()), "adam_steps": steps}
@@ -64,11 +65,15 @@ def gradients(model: dict[str, Any], layout: dict[str, Any], options: dict[str, 
     for _ in range(options.get("steps", 1)):
         losses.append(run.backward())
         if not (distributed and run.grid.data_context.size > 1):  # there each rank has its part of the buffer only
-            grads = {name: full.clone() for name, full in stream_full(run.chunks, run.grid, value=lambda p: p.main_grad)}
+            grads = {name: full.clone() for name, full in stream_full(run.chunks, run.grid, value=_main_grad)}
         _, norm, _ = run.optimizer.step()
     weights = {name: full.clone() for name, full in stream_full(run.chunks, run.grid)} if options.get("weights") else {}
     destroy_grid()
     return {"losses": losses, "norm": float(norm), "grads": grads, "weights": weights}
+
+
+def _main_grad(parameter: Any) -> torch.Tensor:
+    return parameter.main_grad
 
 
 class Run:
@@ -110,7 +115,12 @@ class Run:
         from megalign.losses import cross_entropy_loss
         from megalign.models.forward import scored_logprobs
         from megalign.parallel.optimizer import zero_gradients
-        from megalign.parallel.schedule import forward_backward, from_last_stage, rescale_for_megatron, sum_over
+        from megalign.parallel.schedule import (
+            forward_backward,
+            from_last_stage,
+            rescale_for_megatron,
+            sum_over,
+        )
 
         def forward(chunk: Any, batch: Batch) -> Any:
             def loss(output: torch.Tensor) -> Any:

@@ -105,5 +105,6 @@ def test_context_parallel_attention_is_the_formula_and_its_gradient(lengths: lis
         seen += rows.tolist()
         torch.testing.assert_close(part["out"], expected[rows], rtol=0, atol=2e-6)
         for grad, whole in zip(part["grads"], (q.grad, k.grad, v.grad), strict=True):
+            assert whole is not None
             torch.testing.assert_close(grad, whole[rows], rtol=0, atol=5e-6)
     assert sorted(seen) == list(range(T))

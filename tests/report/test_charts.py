@@ -29,6 +29,7 @@ def test_a_long_curve_keeps_its_mean_and_its_spike(tmp_path):
     raw, calm = chart.legend
     assert len(raw.xs) == BUCKETS and raw.xs[-1] == 5000 and max(y for y in raw.high if y) == 50.0
     assert max(y for y in raw.ys if y) == pytest.approx(2 + 48 / (5000 / BUCKETS), rel=0.05)
+    assert set(raw.low) == {2.0} and str(chart.svg).count('class="band c1"') == 1
     assert calm.name == "loss, smoothed" and not calm.low
 
 
@@ -40,23 +41,22 @@ def test_smoothing_is_centred_and_steps_over_gaps():
 
 
 def test_points_land_where_the_axes_say():
-    chart = line_chart("t", [Curve("y", 1, [0, 50, 100], [0.0, 1.0, 4.0])], from_zero=True)
+    chart = line_chart("t", [Curve("y", 1, [0, 50, 100], [2.0, 1.0, 4.0])], from_zero=True)
     assert chart is not None
     path = re.search(r'class="line c1" d="M([^"]+)"', chart.svg)
     assert path is not None
     points = [tuple(map(float, point.split())) for point in path[1].split("L")]
     assert [x for x, _ in points] == [LEFT, (LEFT + 508 - RIGHT) / 2, 508 - RIGHT]
     bottom, tall = 220 - BOTTOM, 220 - TOP - BOTTOM
-    assert [y for _, y in points] == pytest.approx(
-        [bottom, bottom - tall / 4.24, bottom - tall * 4 / 4.24], abs=0.06
-    )
-    assert chart.data["curves"][0]["texts"] == ["0.000", "1.000", "4.000"]
+    assert [y for _, y in points] == pytest.approx([bottom - tall * y / 4.24 for y in (2, 1, 4)], abs=0.06)
+    assert chart.data["curves"][0]["texts"] == ["2.000", "1.000", "4.000"]
 
 
 def test_gaps_break_the_line_and_lone_points_are_dots():
     chart = line_chart("t", [Curve("y", 1, [1, 2, 3, 4, 5], [1.0, 2.0, None, 3.0, None])])
     assert chart is not None
-    assert str(chart.svg).count("<circle") == 1 and chart.svg.count("L") == 1
+    assert str(chart.svg).count("<circle") == 1
+    assert re.findall(r'class="line c1" d="([ML])[^ML]+([ML])[^ML]+"', chart.svg) == [("M", "L")]
     assert line_chart("t", [Curve("y", 1, [1], [None])]) is None
 
 
@@ -92,10 +92,17 @@ def test_few_experts_are_bars_with_the_fair_line(tmp_path):
     assert load.svg.count('class="reference"') == 2 and "2.0 % to 98.0 %" in load.svg
 
 
+def test_starved_is_measured_against_the_fair_share(tmp_path):
+    load = build_expert_load(train(tmp_path, expert_load=[[[0.08, 0.02, 0.4, 0.5]]]).train)
+    assert (
+        load is not None and load.starved == 1 and load.svg.count('class="starved"') == 1
+    )  # 0.32 and 0.08 of 1/4
+
+
 def test_many_experts_are_a_heat_map_of_the_mean_of_the_last_records(tmp_path):
     flat = [[1 / 64] * 64]
     tilted = [[2 / 64] + [0.0] + [1 / 64] * 62]
-    load = build_expert_load(train(tmp_path, expert_load=[tilted] * 5 + [flat] * 5 + [tilted] * 5).train)
+    load = build_expert_load(train(tmp_path, expert_load=[tilted] * 8 + [flat] * 5 + [tilted] * 5).train)
     assert load is not None and load.heat and load.records == 10
     assert load.data == [[150, 50] + [100] * 62]  # hundredths of the fair share
     assert "<title>" not in load.svg and 'class="h3"' in load.svg

@@ -1,0 +1,135 @@
+"""SFT from recipe to checkpoint: resumption, accumulation, resharding, guards, and what a full disk leaves behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sft_checks
+from ranks import run_ranks
+from sft_checks import MOE_4, curve, metrics, recipe
+
+from megalign.parallel.checkpoint import list_checkpoints
+
+EXACT = ("loss", "grad_norm", "learning_rate", "num_tokens", "epoch", "load_balancing_loss")
+
+
+def run(world: int, check: Any, *args: Any) -> Any:
+    """Results of all ranks; every rank must say the same."""
+    results = run_ranks(check, world, *args)
+    assert all(result == results[0] for result in results)
+    return results[0]
+
+
+DP2 = {"data_parallel_size": 2}
+RESUMED = {
+    "tp2-pp2-ep2-sp": (4, MOE_4, "fp32", 5),
+    "one-bf16-at-the-end-of-an-epoch": (1, {}, "bf16", 4),
+    "dp2": (2, DP2, "fp32", 5),
+    "dp2-unsharded-bf16": (2, {**DP2, "use_distributed_optimizer": False}, "bf16", 5),
+}
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_an_interrupted_run_is_the_uninterrupted_one(tmp_path: Path, case: str):
+    """S7, bitwise, with 4 microbatches a step, an epoch that ends at step 4 and another at 8."""
+    world, parallel, precision, cut = RESUMED[case]
+    whole = recipe(tmp_path / "whole", parallel=parallel, train={"precision": precision})
+    half = recipe(tmp_path / "halves", parallel=parallel, train={"precision": precision, "stop_at_step": cut})
+    rest = recipe(tmp_path / "halves", parallel=parallel, train={"precision": precision})
+    assert run(world, sft_checks.train_twice, whole, half) == ["", ""]
+    before = curve(tmp_path / "halves", *EXACT)
+    assert [step for step, *_ in before] == list(range(1, cut + 1))
+    assert run(world, sft_checks.train, rest) == ""
+    expected = curve(tmp_path / "whole", *EXACT)
+    assert [line["epoch"] for line in metrics(tmp_path / "whole")][3] == 1 and len(expected) == 10
+    assert curve(tmp_path / "halves", *EXACT) == expected
+    assert before == expected[:cut]
+
+
+def test_a_checkpoint_continues_on_another_layout(tmp_path: Path):
+    """P18: saved on TP2 PP2 EP2, continued on one rank and on two data-parallel ones, with the losses of no change."""
+    whole = recipe(tmp_path / "whole", parallel=MOE_4)
+    half = recipe(tmp_path / "moved", parallel=MOE_4, train={"stop_at_step": 5})
+    assert run(4, sft_checks.train_twice, whole, half) == ["", ""]
+    moved = tmp_path / "moved"
+    assert run(1, sft_checks.train, recipe(moved, train={"stop_at_step": 8})) == ""
+    assert run(2, sft_checks.train, recipe(moved, parallel={"data_parallel_size": 2})) == ""
+    losses, expected = (dict(curve(output, "loss")) for output in (moved, tmp_path / "whole"))
+    assert losses[6] == pytest.approx(expected[6], rel=2e-6)
+    assert losses == pytest.approx(expected, rel=2e-3)  # Adam amplifies rounding from then on (numerics of megatron.md)
+
+
+def test_accumulation_equals_the_full_batch(tmp_path: Path):
+    """P15: one microbatch of 4 rows of different lengths, or four of one; normalised by the global count of tokens."""
+    dense = {"model": {"num_moe_experts": None, "moe_ffn_hidden_size": None, "moe_aux_loss_coeff": 0.0}, "data": {"packing": False}}
+    runs = [recipe(tmp_path / str(size), train={"micro_batch_size": size, "max_steps": 6}, **dense) for size in (1, 4)]
+    assert run(1, sft_checks.train_twice, *runs) == ["", ""]
+    one, four = (curve(tmp_path / str(size), "loss", "grad_norm") for size in (1, 4))
+    for (step, loss, norm), (_, other_loss, other_norm) in zip(one, four, strict=True):
+        assert loss == pytest.approx(other_loss, rel=1e-5), step
+        assert norm == pytest.approx(other_norm, rel=1e-4), step
+
+
+def test_it_learns_and_keeps_the_best(tmp_path: Path):
+    """S6 and stop by evaluation: a learning rate that ruins the model after a good start leaves the good checkpoint."""
+    train = {"max_steps": 60, "eval_interval": 5, "early_stop_patience": 2, "keep_last": 1, "keep_best": 1}
+    bad_tail = {"lr": 0.3, "lr_warmup_steps": 59, "clip_grad": 0.0}  # good for a while on the way up
+    assert run(1, sft_checks.train, recipe(tmp_path, train=train, optimizer=bad_tail)) == ""
+    evaluations = {line["step"]: line["eval_loss"] for line in metrics(tmp_path, "eval")}
+    best = min(evaluations, key=lambda step: evaluations[step])
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert 0 < best < summary["steps"] < 60 and summary["best_step"] == best
+    assert evaluations[best] < evaluations[0] - 0.3
+    names = [path.name for path in list_checkpoints(tmp_path / "checkpoints")]
+    assert names == [f"iter_{best:07d}", f"iter_{summary['steps']:07d}"]
+    assert json.loads((tmp_path / "samples.jsonl").read_text().splitlines()[0])["step"] == best
+
+
+@pytest.mark.parametrize("world, parallel", [(1, {}), (4, MOE_4)], ids=["one", "tp2-pp2-ep2-sp"])
+def test_nan_stops_with_its_cause_and_leaves_the_checkpoint(tmp_path: Path, world: int, parallel: dict[str, Any]):
+    """F11."""
+    broken = recipe(tmp_path, parallel=parallel, train={"save_interval": 2})
+    message = run(world, sft_checks.train_with_nan, broken, 4, 2)
+    assert message.startswith("TrainingStopped: training stopped at step 4, microbatch 2, parameter ")
+    assert "the loss is not finite" in message
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["iter_0000002"]
+    assert run(world, sft_checks.train, broken) == ""  # and it is good: the run continues from it
+    assert [step for step, *_ in curve(tmp_path)] == list(range(1, 11))
+
+
+def test_no_space_left_keeps_the_previous_checkpoint(tmp_path: Path):
+    good = recipe(tmp_path, parallel={"tensor_model_parallel_size": 2, "sequence_parallel": True}, train={"stop_at_step": 2})
+    assert run(2, sft_checks.train, good) == ""
+    more = {**good, "train": {**good["train"], "stop_at_step": 4}}
+    message = run(2, sft_checks.train_with_full_disk, more, 60_000)
+    assert message.startswith("CheckpointError: checkpoint of step 4 was not written")
+    assert "File too large" in message and "Earlier checkpoints are intact" in message
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["iter_0000002"]
+    assert run(2, sft_checks.train, more) == ""
+
+
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_offered(tmp_path: Path):
+    first = recipe(tmp_path, train={"max_steps": 4, "save_interval": 2, "keep_best": 0})
+    assert run(1, sft_checks.train, first) == ""
+    _, last = list_checkpoints(tmp_path / "checkpoints")
+    shard = max((last / "state").glob("*.distcp"), key=lambda path: path.stat().st_size)
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    message = run(1, sft_checks.train, {**first, "train": {**first["train"], "max_steps": 6}})
+    assert message.startswith("CheckpointError") and str(shard) in message and "corrupted" in message
+    assert "the last good checkpoint before it is" in message and "iter_0000002" in message
+
+
+def test_another_model_or_a_folder_of_something_else_is_refused(tmp_path: Path):
+    first = recipe(tmp_path / "a", train={"max_steps": 3})
+    assert run(1, sft_checks.train, first) == ""
+    wider = recipe(tmp_path / "a", model={"hidden_size": 64}, train={"max_steps": 3})
+    assert "model.hidden_size: 32 there, 64 here" in run(1, sft_checks.train, wider)
+    assert "set resume=true" in run(1, sft_checks.train, {**first, "resume": False})
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "thesis.tex").write_text("dear")
+    assert "thesis.tex" in run(1, sft_checks.train, recipe(tmp_path / "b"))
