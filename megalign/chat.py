@@ -87,6 +87,9 @@ def run_chat(
     talk = None
     if grid.is_logger:
         in_turns = prompt is None and (sys.stdin.isatty() if interactive is None else interactive)
+        if in_turns:
+            with contextlib.suppress(ImportError):
+                import readline  # noqa: F401  (gives `input` line editing and history)
         talk = Talk(
             tokenizer,
             system=system,

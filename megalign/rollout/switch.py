@@ -18,15 +18,9 @@ class _Alone:
 
 
 # Read by megatron-core at every forward. Sequence parallelism would cut a step's one position over ranks.
-_OFF_ON_MODULES = (
-    "training",
-    "sequence_parallel",
-    "scatter_to_sequence_parallel",
-    "reduce_scatter_embeddings",
-)
+_OFF_ON_MODULES = ("training", "sequence_parallel", "reduce_scatter_embeddings")
 _ON_CONFIG = {
     "sequence_parallel": False,
-    "context_parallel_size": 1,
     # With a capacity an answer would depend on its neighbours in the batch.
     "moe_expert_capacity_factor": None,
     # router.py:520 adds it in eval mode too.

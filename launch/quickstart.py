@@ -1,0 +1,161 @@
+"""`make quickstart`: a MoE chat model in real 3D parallelism on this machine, killed half-way, resumed, and asked.
+
+Stages, each timed: train to the half and be killed with kill -9; resume and finish, answer held-out prompts; check.
+Exit code 0 only if the resumed losses are bitwise those of the run before it was killed, every expert has work, and
+(on the built-in dialogues) at least 80 % of the held-out prompts are answered word for word.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+RUN = Path("runs/quickstart")
+OVERLAP = 10  # steps after the checkpoint that are done twice and compared
+console = Console(highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", help="train on this file instead of the built-in dialogues")
+    parser.add_argument("overrides", nargs="*", help="changes to the recipe, e.g. train.max_steps=100")
+    arguments = parser.parse_args()
+    overrides = list(arguments.overrides)
+    if arguments.data:
+        overrides += [f"data.train={arguments.data}", "train.exact_match=false", "data.tokenizer.vocab_size=2048"]
+    fresh_folder()
+    started = time.monotonic()
+    seconds = {}
+
+    half = half_of(overrides)
+    console.rule(f"1/3  train with TP2 x PP2 x EP2 + SP on 4 local ranks; one is killed (kill -9) at step {half + OVERLAP}")
+    before = train_and_kill(overrides, kill_at=half + OVERLAP)
+    seconds["train and kill"] = time.monotonic() - started
+
+    console.rule(f"2/3  the same command continues from step {half}")
+    begun = time.monotonic()
+    if subprocess.run(command(overrides)).returncode:
+        fail("the resumed run failed; its message is above")
+    seconds["resume, finish, answer"] = time.monotonic() - begun
+
+    console.rule("3/3  what came out")
+    show(before, half, exact=not arguments.data)
+    stages = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
+    console.print(f"\nstages: {stages}; {time.monotonic() - started:.0f} s in all")
+    console.print(f"\nreport: [bold]{(RUN / 'report.html').resolve()}[/]\n\nnext:")
+    megalign = Path(sys.executable).with_name("megalign")
+    megalign = os.path.relpath(megalign) if megalign.is_relative_to(Path.cwd()) else str(megalign)
+    for line, what in (
+        (f"{megalign} chat {RUN}", "talk to it"),
+        (f"{megalign} sft quickstart --dry-run", "what a recipe will do: parameters, memory, first row"),
+        ("make quickstart DATA=your_chats.jsonl", "the same on your own conversations"),
+    ):
+        console.print(f"  {line:<45} {what}")
+
+
+def command(overrides: list[str]) -> list[str]:
+    return [sys.executable, "-m", "megalign", "sft", "quickstart", f"output={RUN}", *overrides]
+
+
+def fresh_folder() -> None:
+    """Set an earlier quickstart aside: it is the user's, and this one must start from nothing."""
+    if RUN.exists():
+        number = 1
+        while (aside := RUN.with_name(f"{RUN.name}.{number}")).exists():
+            number += 1
+        RUN.rename(aside)
+        console.print(f"{RUN} exists from before; it is now {aside}")
+
+
+def half_of(overrides: list[str]) -> int:
+    """The step of the checkpoint that the run will be resumed from."""
+    from megalign.config.load import load_recipe
+
+    return int(load_recipe("quickstart", overrides).train.save_interval or 0)
+
+
+def train_and_kill(overrides: list[str], kill_at: int) -> dict[int, tuple[float, float]]:
+    """Run until step `kill_at`, kill one rank, wait for the end; return (loss, gradient norm) of each step so far."""
+    process = subprocess.Popen(command(overrides))
+    try:
+        while process.poll() is None:
+            if max(curve(), default=0) >= kill_at:
+                os.kill(a_rank_of(process.pid), signal.SIGKILL)
+                break
+            time.sleep(0.1)
+        code = process.wait(timeout=60)
+    except BaseException:
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=60)
+        raise
+    if code == 0 or max(curve(), default=0) < kill_at:
+        fail("the first half did not get to its checkpoint; its message is above")
+    return curve()
+
+
+def a_rank_of(launcher: int) -> int:
+    """Process id of the last rank that the launcher started."""
+    import psutil
+
+    ranks = [child for child in psutil.Process(launcher).children() if "megalign" in child.cmdline()]
+    return max(ranks, key=lambda child: (child.create_time(), child.pid)).pid
+
+
+def curve() -> dict[int, tuple[float, float]]:
+    """(loss, gradient norm) by step, from metrics.jsonl as it is now."""
+    found = {}
+    path = RUN / "metrics.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # the line being written
+        if row["kind"] == "train":
+            found[row["step"]] = (row["loss"], row["grad_norm"])
+    return found
+
+
+def show(before: dict[int, tuple[float, float]], half: int, *, exact: bool) -> None:
+    """Print and check what the run is proud of."""
+    after = curve()
+    twice = [step for step in before if step > half]
+    if len(twice) < OVERLAP - 1 or any(before[step] != after[step] for step in twice):
+        fail(f"losses of steps {half + 1} to {max(before)} differ between the killed and the resumed run")
+    console.print(f"resumed exactly: loss and gradient norm of steps {twice[0]} to {twice[-1]} are bitwise those of before the kill")
+    loads = [row["expert_load"] for row in map(json.loads, (RUN / "metrics.jsonl").read_text().splitlines()) if row.get("expert_load")]
+    smallest = min(min(layer) for layer in loads[-1])
+    console.print(f"experts: the least busy of {len(loads[-1])} x {len(loads[-1][0])} gets {smallest:.1%} of its layer's tokens")
+    summary = json.loads((RUN / "summary.json").read_text())
+    if exact:
+        console.print(f"held-out prompts answered word for word: [bold]{summary['exact_match']:.0%}[/]")
+    for line in (RUN / "samples.jsonl").read_text().splitlines()[:3]:
+        sample = json.loads(line)
+        console.print()
+        for message in sample["prompt"]:
+            console.print(f"  {message['role']:>9}: {message['content'][:300]}", markup=False)
+        console.print(f"      [green]model:[/] [bold]{sample['response'][:300]}[/]")
+    if exact and summary["exact_match"] < 0.8:
+        fail(f"exact match is {summary['exact_match']:.0%}, below 80 %")
+    if exact and smallest < 0.03:
+        fail(f"an expert gets {smallest:.1%} of the tokens, below 3 %")
+
+
+def fail(reason: str) -> None:
+    console.print(f"\n[red]quickstart failed:[/] {reason}")
+    raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        console.print("\nstopped; run it again to start over")
+        raise SystemExit(130) from None
