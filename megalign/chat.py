@@ -100,8 +100,8 @@ def run_chat(
             read=_once(prompt) if prompt is not None else lambda: read("> " if in_turns else ""),
             write=write or (lambda text: print(text, end="", flush=True)),
         )
-    turn = 0
-    with _interrupts(talk), _from_rank_0(talk, grid) as listen:
+    listen, turn = _from_rank_0(talk, grid), 0
+    with _interrupts(talk):
         while (ids := listen()) is not None:
             (reply,) = generate(
                 chunks,
@@ -131,8 +131,7 @@ def _once(prompt: str) -> Callable[[], str]:
     return read
 
 
-@contextlib.contextmanager
-def _from_rank_0(talk: Talk | None, grid: Grid) -> Iterator[Callable[[], list[int] | None]]:
+def _from_rank_0(talk: Talk | None, grid: Grid) -> Callable[[], list[int] | None]:
     """A `listen` that gives every rank what rank 0 heard; when rank 0 fails, the others hear the end."""
     group: Any = dist.new_group(backend="gloo", timeout=PATIENCE) if grid.world > 1 else None
 
@@ -150,7 +149,7 @@ def _from_rank_0(talk: Talk | None, grid: Grid) -> Iterator[Callable[[], list[in
             raise
         return share(heard)
 
-    yield listen
+    return listen
 
 
 @contextlib.contextmanager

@@ -10,5 +10,4 @@ torch.set_num_threads(1)
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import_megatron()
-    import megalign.models.build
-    import megalign.models.weights  # noqa: F401
+    import megalign.sft  # noqa: F401

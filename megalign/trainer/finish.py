@@ -58,7 +58,7 @@ def answers(engine: Engine, run: RunFolder, data: Dataset, step: int) -> float |
     """Answer prompts greedily and compare with the reference; return the share answered exactly, if asked for."""
     config = run.recipe.train
     rows = prompts_of(data, None if config.exact_match else config.sample_prompts)
-    if not rows or run.recipe.parallel.virtual_pipeline_model_parallel_size is not None:
+    if not rows:
         return None
     prompts = [row.messages[:-1] for row in rows]
     responses = answer(

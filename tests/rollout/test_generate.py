@@ -115,7 +115,7 @@ def test_the_repetition_penalty_sees_the_prompt_and_what_was_generated(one_rank:
 
 
 def test_no_query_is_left_without_a_key():
-    """A softmax over nothing is NaN in some kernels. Two rows, the second of one token; then one more slot."""
+    """A softmax over nothing is NaN in some kernels. Rows of 3 and of 1 token; then one more slot."""
     first = torch.tensor([0, 2])
     prefill, step = hidden_slots(torch.arange(3), first), hidden_slots(torch.tensor([3]), first)
     assert (~prefill).int()[:, 0].tolist() == [
