@@ -34,7 +34,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print parameters, memor
 def main() -> None:
     """Entry point: run a command, turn expected errors into one clear message and exit code 1."""
     warnings.filterwarnings("ignore", module=r"megatron\.")
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
     try:
         app()
     except Exception as error:

@@ -17,7 +17,10 @@ Modes, all of which run on a CPU and train on the same tokens without crossing r
 - padding_free: 8 rows joined to one; the help text asks for FlashAttention, but SDPA gets a block-diagonal
   mask from the position ids and the losses are those of `padded`. The mask is dense: attention is over all.
 - packed: best-fit packs of up to 256 tokens, 8 a step, then joined to one as in padding_free.
---compile adds torch.compile (default inductor settings), for shapes that stay: it recompiles at new lengths.
+--compile adds torch.compile with its default settings.
+
+Compare with the fastest, which on the CPUs tried is `grouped` (compile gains nothing there), and with the
+default. `cpu_seconds` far below threads * seconds means that other processes took the machine: measure again.
 """
 
 from __future__ import annotations
@@ -154,7 +157,7 @@ def measure(
         "steps": steps,
         "tokens": stopwatch.tokens,
         "seconds": seconds,
-        "cpu_seconds": stopwatch.cpu_end - stopwatch.cpu_start,  # far below threads * seconds: a busy machine
+        "cpu_seconds": stopwatch.cpu_end - stopwatch.cpu_start,
         "tokens_per_second": stopwatch.tokens / seconds,
         "step_seconds": seconds / steps,
         "padding_share": 1 - stopwatch.tokens / stopwatch.cells,

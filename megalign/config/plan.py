@@ -51,7 +51,7 @@ def describe_plan(
 def _model_table(recipe: Recipe, layout: Layout, vocab: int) -> Table:
     rows = padded_vocab(vocab, layout.tp)
     counts = count_parameters(recipe.model, rows)
-    table = _table("model", "part", "parameters")
+    table = _table("parameters", "part", "parameters")
     for part, count in counts.by_part.items():
         table.add_row(part, human_count(count))
     table.add_row("total", f"{human_count(counts.total)}  ({counts.total:,})", style="bold")
@@ -91,7 +91,7 @@ def _run_table(recipe: Recipe, layout: Layout, rows: Mapping[str, Any]) -> Table
     if recipe.model.num_moe_experts is not None:
         sizes += f"; experts: etp({layout.etp}) * ep({layout.ep}) * dp({layout.expert_dp}) * pp({layout.pp})"
     table.add_row("layout", sizes)
-    table.add_row("batch", effective_batch(recipe, layout))
+    table.add_row("effective batch", effective_batch(recipe, layout))
     table.add_row("learning rate", _learning_rate(recipe, layout))
     if rows:
         known = {name: rows[name] for name in ("packs", "tokens", "scored_tokens") if name in rows}

@@ -42,7 +42,7 @@ def test_a_plan_of_a_large_model():
     assert row(text, "active").startswith("3.35B")
     assert "memory of one rank (32 ranks, bf16)" in text and "stage 1" in text and "stage 2" not in text
     assert row(text, "layout") == "tp(2) * pp(2) * cp(1) * dp(8) = 32 ranks; experts: etp(1) * ep(8) * dp(2) * pp(2)"
-    assert row(text, "batch") == "micro(2) * microbatches(4) * dp(8) = 64 rows a step"
+    assert row(text, "effective batch") == "micro(2) * microbatches(4) * dp(8) = 64 rows a step"
     assert row(text, "steps") == "100"
     assert row(text, "tokens") == "26,214,400 = 100 steps * 64 rows * 4096 positions"
     assert "warning: model.moe_aux_loss_coeff=0" in text
