@@ -23,6 +23,9 @@ Compare with the fastest, which on the CPUs tried is `grouped` (compile gains no
 default. `cpu_seconds` far below threads * seconds means that other processes took the machine: measure again.
 """
 
+# pyright: reportMissingImports=false
+# (datasets and trl are in the oracle extra)
+
 from __future__ import annotations
 
 import argparse

@@ -22,6 +22,9 @@ Conventions of trl 1.16 with transformers 5.23, which a comparison has to share:
   layer), so compare with moe_aux_loss_coeff = 0.
 """
 
+# pyright: reportMissingImports=false
+# (datasets and trl are in the oracle extra)
+
 from __future__ import annotations
 
 import json
