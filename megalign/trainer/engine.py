@@ -110,12 +110,15 @@ class Engine:
         """Mean loss over all batches, each a list of microbatches; the model is left as it was."""
         for chunk in self.chunks:
             chunk.eval()
+        # megatron-core jitters the router's input in eval mode too (router.py:520).
+        jitter, self.config.moe_input_jitter_eps = self.config.moe_input_jitter_eps, None
         total, tokens, metrics = 0.0, 0, {}
         for microbatches in steps:
             result, _ = self._run(microbatches, loss, forward_only=True)
             total, tokens = total + result.loss * result.tokens, tokens + result.tokens
             for name, value in result.metrics.items():
                 metrics[name] = metrics.get(name, 0.0) + value * result.tokens
+        self.config.moe_input_jitter_eps = jitter
         for chunk in self.chunks:
             chunk.train()
         return StepResult(total / max(1, tokens), tokens, {name: value / max(1, tokens) for name, value in metrics.items()})

@@ -136,7 +136,7 @@ def _git() -> str | None:
 
 
 def identity(recipe: Recipe, train: Dataset) -> dict[str, Any]:
-    """What must be equal for a checkpoint to mean the same: model shape, tokenizer, template, vocabulary."""
+    """What must be equal for a checkpoint to mean the same: model shape, tokenizer, template, vocabulary, data."""
     model = recipe.model.model_dump(exclude={"preset", "init_from"})
     return {
         "model": model,
@@ -144,6 +144,7 @@ def identity(recipe: Recipe, train: Dataset) -> dict[str, Any]:
         "template": recipe.data.template,
         "template_hash": template_hash(recipe.data.template),
         "vocab_size": recipe.model.vocab_size or train.tokenizer.vocab_size,
+        "training_rows": train.statistics["fingerprint"],
     }
 
 
@@ -157,6 +158,8 @@ def check_identity(checkpoint: Path, now: dict[str, Any]) -> None:
     for key in ("tokenizer", "template", "template_hash", "vocab_size"):
         if saved[key] != now[key]:
             raise RunError(f"{checkpoint} was trained with another {key.replace('_', ' ')} ({saved[key]!r}, here {now[key]!r}); text would be rendered into other tokens")
+    if saved["training_rows"] != now["training_rows"]:
+        raise RunError(f"{checkpoint} was trained on other rows: its position in the data would mean nothing here; restore data.*, or choose another output")
 
 
 def grid_of(recipe: Recipe, world: World) -> Grid:
