@@ -3,6 +3,7 @@
 #   PYTHON=python3.11    which Python (3.10 to 3.12)
 #   TORCH_INDEX=URL      torch's own package index, where the default build would bring several GB of CUDA
 #   DATA=file            quickstart: train on this file instead of the built-in dialogues
+#   ARGS="key=value ..." quickstart: changes to the recipe, e.g. data.validation_rows=20 for a small file
 #
 # make quickstart, seconds of each stage on 2 cores (README has the table): install, train to the half and be killed,
 # resume and finish with answers, report.
@@ -27,7 +28,7 @@ $(VENV)/.oracle: $(READY)
 	@touch $@
 
 quickstart: $(READY)
-	@$(BIN)/python launch/quickstart.py $(if $(DATA),--data $(DATA))
+	@$(BIN)/python launch/quickstart.py $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 test: $(READY) lint
 	$(BIN)/python -m pytest -m "not soak and not gpu and not oracle"

@@ -129,14 +129,15 @@ def show(before: dict[int, tuple[float, float]], half: int, *, exact: bool) -> N
     twice = [step for step in before if step > half]
     if len(twice) < OVERLAP - 1 or any(before[step] != after[step] for step in twice):
         fail(f"losses of steps {half + 1} to {max(before)} differ between the killed and the resumed run")
-    console.print(f"resumed exactly: loss and gradient norm of steps {twice[0]} to {twice[-1]} are bitwise those of before the kill")
+    console.print(f"resumed exactly: steps {twice[0]} to {twice[-1]} were done twice, with bitwise the same loss and gradient norm")
     loads = [row["expert_load"] for row in map(json.loads, (RUN / "metrics.jsonl").read_text().splitlines()) if row.get("expert_load")]
     smallest = min(min(layer) for layer in loads[-1])
     console.print(f"experts: the least busy of {len(loads[-1])} x {len(loads[-1][0])} gets {smallest:.1%} of its layer's tokens")
     summary = json.loads((RUN / "summary.json").read_text())
     if exact:
         console.print(f"held-out prompts answered word for word: [bold]{summary['exact_match']:.0%}[/]")
-    for line in (RUN / "samples.jsonl").read_text().splitlines()[:3]:
+    samples = RUN / "samples.jsonl"
+    for line in samples.read_text().splitlines()[:3] if samples.exists() else []:
         sample = json.loads(line)
         console.print()
         for message in sample["prompt"]:

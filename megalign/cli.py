@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,10 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print parameters, memor
 
 def main() -> None:
     """Entry point: run a command, turn expected errors into one clear message and exit code 1."""
+    if "MEGALIGN_LAUNCHER_PID" in os.environ and "RANK" in os.environ:
+        from megalign.parallel.local import end_with_launcher
+
+        end_with_launcher()
     warnings.filterwarnings("ignore", module=r"megatron\.")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
     try:
@@ -92,7 +97,7 @@ def chat(
 
     from megalign.serving import chat_ranks
 
-    _run_ranks(chat_ranks(checkpoint, overrides or []), checkpoint if checkpoint.is_dir() else Path("."), work)
+    _run_ranks(chat_ranks(checkpoint, overrides or []), Path(tempfile.gettempdir()) / "megalign-chat", work)
 
 
 @app.command()
@@ -104,7 +109,7 @@ def convert(
     """Write a checkpoint as a Hugging Face folder (safetensors, config, tokenizer)."""
     from megalign.serving import write_hugging_face
 
-    _run_ranks(1, Path("."), lambda world: write_hugging_face(checkpoint, folder, dtype, world))
+    _run_ranks(1, Path("."), lambda world: write_hugging_face(checkpoint, folder.resolve(), dtype, world))
 
 
 @app.command()
@@ -189,14 +194,11 @@ def _run_ranks(ranks: int, folder: Path, work: Callable[[Any], None]) -> None:
 
         raise SystemExit(launch(sys.argv[1:], ranks, folder / "logs"))
     from megalign.parallel.init import init, shutdown
-    from megalign.parallel.local import end_with_parent
 
-    if in_distributed_launch():
-        end_with_parent()
     try:
         work(init())
     except KeyboardInterrupt:
-        print("\nstopped. The same command continues from the last complete checkpoint.", file=sys.stderr)
+        print("\nstopped. A training run continues from the last complete checkpoint when repeated.", file=sys.stderr)
         raise SystemExit(130) from None
     shutdown()
 
@@ -204,4 +206,5 @@ def _run_ranks(ranks: int, folder: Path, work: Callable[[Any], None]) -> None:
 def _is_expected(error: BaseException) -> bool:
     """True if the message is all a user needs: no traceback."""
     names = {"ConfigError", "DataError", "RunError", "CheckpointError", "TrainingStopped", "ConversionError"}
-    return any(kind.__name__ in names for kind in type(error).__mro__)
+    files = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+    return isinstance(error, files) or any(kind.__name__ in names for kind in type(error).__mro__)

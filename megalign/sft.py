@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -26,7 +27,15 @@ from megalign.trainer.engine import Engine
 from megalign.trainer.finish import finish
 from megalign.trainer.loop import fit
 from megalign.trainer.mfu import flops_per_token, world_peak_flops
-from megalign.trainer.run import RunFolder, check_identity, grid_of, identity, open_logger
+from megalign.trainer.run import (
+    RunFolder,
+    announce,
+    check_identity,
+    check_schedule,
+    grid_of,
+    identity,
+    open_logger,
+)
 
 
 def sft(recipe: Recipe, world: World) -> None:
@@ -41,7 +50,8 @@ def sft(recipe: Recipe, world: World) -> None:
 
     run = RunFolder(recipe, grid)
     resume_from = run.open()
-    train, validation = run.datasets()
+    train, validation = run.datasets(resume_from)
+    check_schedule(recipe, total_steps(recipe, len(train)) or 1)
     this = identity(recipe, train)
     if resume_from is not None:
         check_identity(resume_from, this)
@@ -50,9 +60,17 @@ def sft(recipe: Recipe, world: World) -> None:
     run.describe(train, validation, sys.argv)
     try:
         _train(engine, run, train, validation, this, resume_from, started, world)
-    finally:
-        if recipe.logging.report and grid.is_logger:
-            build_report(run.path)  # a run that a guard stopped has one too
+    except BaseException:
+        with contextlib.suppress(Exception):  # the first error is the one to hear of
+            _report(run)
+        raise
+    _report(run)
+
+
+def _report(run: RunFolder) -> None:
+    """report.html; a run that a guard stopped has one too."""
+    if run.recipe.logging.report and run.grid.is_logger:
+        build_report(run.path)
 
 
 def _train(
@@ -68,6 +86,7 @@ def _train(
     recipe = engine.recipe
     counts = count_parameters(recipe.model, this["vocab_size"])
     with open_logger(run, total_steps(recipe, len(train)) or 1, resume_from) as log:
+        announce(run, world, train, log)
         progress = fit(
             engine,
             train,

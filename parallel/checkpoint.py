@@ -211,7 +211,7 @@ def load(checkpoint: Path, chunks: Sequence[Any], optimizer: Any | None, grid: G
         _together("read", check, grid)
     except CheckpointError as error:
         good = previous_good(checkpoint)
-        advice = f"the last good checkpoint before it is {good}" if good else "there is no good checkpoint before it"
+        advice = f"the last good checkpoint before it is {good}: move {checkpoint} away and repeat the command to continue from there" if good else "there is no good checkpoint before it"
         raise CheckpointError(f"{error}; {advice}") from None
     if optimizer is not None:
         create_states(optimizer)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+LAUNCHER = "MEGALIGN_LAUNCHER_PID"
 # What a rank reports when another one died.
 _ECHO = re.compile(
     r"closed by peer|Connection reset|Broken pipe|Socket Timeout|Connection refused|NCCL (error|communicator)|"
@@ -54,6 +55,7 @@ def launch(arguments: Sequence[str], ranks: int, log_folder: Path) -> int:
 
     log_folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // ranks)))
+    os.environ[LAUNCHER] = str(os.getpid())
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -74,7 +76,7 @@ def launch(arguments: Sequence[str], ranks: int, log_folder: Path) -> int:
         return 1
     except (SignalException, KeyboardInterrupt) as error:
         number = getattr(error, "sigval", signal.SIGINT)
-        print("\nstopped; all ranks have ended. The same command continues from the last complete checkpoint.", file=sys.stderr)
+        print("\nstopped; all ranks have ended. A training run continues from the last complete checkpoint when repeated.", file=sys.stderr)
         return 128 + int(number)
     return 0
 
@@ -111,10 +113,13 @@ def record_failure(error: BaseException, expected: bool) -> None:
     print(text, file=sys.stderr if os.environ.get("LOCAL_RANK") != "0" else open(os.devnull, "w"), flush=True)
 
 
-def end_with_parent() -> None:
-    """Have the kernel end this rank when its launcher dies, however it dies (Linux)."""
-    if sys.platform == "linux":
+def end_with_launcher() -> None:
+    """Have the kernel end this rank when its launcher dies, however it dies (Linux). Call it first of all."""
+    launcher = os.environ.get(LAUNCHER)
+    if launcher is not None and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        if os.getppid() != int(launcher):  # it died before we asked
+            os._exit(1)
 
 
 def _failure(rank: int, failure: Any) -> RankFailure:

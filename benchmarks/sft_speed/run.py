@@ -56,6 +56,7 @@ def main() -> None:
     names = ("megalign", "torch", "megatron-core", "trl", "transformers")
     machine = {"cpu": cpu(), "cores": len(os.sched_getaffinity(0)), "python": platform.python_version()}
     content = {"command": sys.argv, "machine": machine, "versions": {name: version(name) for name in names}, "table": table}
+    RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(content, indent=1) + "\n")
     for row in table:
         print(row)

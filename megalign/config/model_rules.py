@@ -103,7 +103,7 @@ def starting_point(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
     model, tokenizer = recipe.model, recipe.data.tokenizer
     if model.preset and model.init_from:
         rule = "init_from gives the shape too, by its config.json"
-        yield Problem("model.preset", rule, "remove one of the two", model.preset)
+        yield Problem("model.preset", rule, "remove one of the two, here e.g. with model.preset=null", model.preset)
     for field, folder, file in (
         ("model.init_from", model.init_from, "config.json"),
         ("data.tokenizer.path", tokenizer.path, "tokenizer.json"),

@@ -43,6 +43,8 @@ def detect(path: str | Path) -> str:
             if found:
                 return found[0]
             break
+    else:
+        raise DataError(f"{path}: the file holds no rows; give a file with at least one")
     raise DataError(
         f"{path}: format not recognised; keys of the first object: {keys[:8]}; a row has one of "
         f"{list(_TELLING_KEYS)}; convert the file, or name its format in data.format"

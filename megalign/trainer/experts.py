@@ -14,7 +14,10 @@ from megalign.parallel.init import device
 
 
 class ExpertWatch:
-    """Counts assignments at every router of this rank while `counting`; `collect` sums them over the grid."""
+    """Counts assignments at every router of this rank while `counting`; `collect` sums them over the grid.
+
+    Padding is counted as well: the router sees it.
+    """
 
     def __init__(self, models: Sequence[Any], grid: Grid):
         self.grid = grid

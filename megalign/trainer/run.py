@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,15 @@ import torch
 import torch.distributed as dist
 
 import megalign
+from megalign.config.advice import warnings
+from megalign.config.errors import ConfigError, Problem
+from megalign.config.layout import effective_batch, layout_of
 from megalign.config.load import dump_recipe
 from megalign.config.rules import check_vocabulary
 from megalign.config.schema import Recipe
 from megalign.data.dataset import Dataset, build_datasets, make_tokenizer
-from megalign.data.rows import Conversation
-from megalign.data.splits import read_splits
+from megalign.data.rows import BadRow, Conversation
+from megalign.data.splits import listing, read_splits
 from megalign.data.templates import template_hash
 from megalign.parallel.checkpoint import list_checkpoints, read_meta
 from megalign.parallel.grid import Grid, create_grid
@@ -57,17 +61,17 @@ class RunFolder:
             raise RunError(f"output: {self.path} holds a run (last checkpoint {found[-1].name}); set resume=true to continue it, or choose another output")
         return found[-1]
 
-    def datasets(self) -> tuple[Dataset, Dataset]:
-        """Read the data on every rank; a tokenizer that must be trained is trained on one and kept."""
+    def datasets(self, resume_from: Path | None) -> tuple[Dataset, Dataset]:
+        """Read the data on every rank; a tokenizer that must be trained is trained on one, and kept for resumption."""
         recipe = self.recipe.model_copy(deep=True)
         if recipe.data.tokenizer.path is None and recipe.model.init_from is None:
-            if self.grid.is_logger and not (self.tokenizer / "tokenizer.json").exists():
+            if self.grid.is_logger and resume_from is None:
                 make_tokenizer(recipe, read_splits(recipe)[0].rows).save(self.tokenizer)
             dist.barrier()
             recipe.data.tokenizer.path = str(self.tokenizer)
         train, validation = build_datasets(recipe)
         check_vocabulary(self.recipe, train.tokenizer.vocab_size)
-        if self.grid.is_logger and not (self.tokenizer / "tokenizer.json").exists():
+        if self.grid.is_logger and recipe.data.tokenizer.path != str(self.tokenizer):
             train.tokenizer.save(self.tokenizer)
         return train, validation
 
@@ -162,6 +166,27 @@ def check_identity(checkpoint: Path, now: dict[str, Any]) -> None:
         raise RunError(f"{checkpoint} was trained on other rows: its position in the data would mean nothing here; restore data.*, or choose another output")
 
 
+def check_schedule(recipe: Recipe, steps: int) -> None:
+    """Raise ConfigError when the warmup is longer than the run that the data make."""
+    warmup = recipe.optimizer.lr_warmup_steps
+    if warmup >= steps:
+        rule = f"the data make a run of {steps} steps, and the warmup would never end"
+        raise ConfigError([Problem("optimizer.lr_warmup_steps", rule, f"lower it, e.g. to {steps // 20}, or train longer", warmup)])
+
+
+def announce(run: RunFolder, world: World, train: Dataset, log: NullLogger) -> None:
+    """Say once what the run will do, what is unusual about it, and which rows were left out."""
+    recipe, counts = run.recipe, train.statistics
+    step = 0
+    log.event(step, "batch", effective_batch(recipe, layout_of(recipe, world.size)))
+    for line in warnings(recipe, world.size):
+        log.event(step, "warning", line)
+    left_out = counts["bad"] + counts["truncated_away"]
+    if left_out:
+        rows = [BadRow(**row) for row in counts["rejected"]]
+        log.event(step, "warning", f"{left_out} of {counts['rows_read']} training rows are not used{listing(rows, 5)}")
+
+
 def grid_of(recipe: Recipe, world: World) -> Grid:
     """The recipe's layout on this world (collective)."""
     parallel = recipe.parallel
@@ -185,7 +210,11 @@ def open_logger(run: RunFolder, steps: int, resume_from: Path | None) -> NullLog
 
 
 def prompts_of(dataset: Dataset, count: int | None) -> list[Conversation]:
-    """The first conversations of a data set, for samples and exact match; plain text has none."""
-    rows = [row for row in dataset.kept if isinstance(row, Conversation)]
-    return rows if count is None else rows[:count]
+    """The first conversations of a data set, each up to its last assistant turn, the reference; plain text has none."""
+    rows = []
+    for row in dataset.kept:
+        if isinstance(row, Conversation) and (count is None or len(rows) < count):
+            last = max(i for i, message in enumerate(row.messages) if message.role == "assistant")
+            rows.append(replace(row, messages=row.messages[: last + 1]))
+    return rows
 

@@ -47,7 +47,7 @@ ERRORS = {
     "unknown key": (["optimizer.lerning_rate=1e-4"], "did you mean optimizer.lr"),
     "wrong type": (["train.max_steps=many"], "train.max_steps"),
     "missing file": (["data.train=nowhere.jsonl"], "nowhere.jsonl"),
-    "empty file": (["data.train={tmp}/empty.jsonl"], "empty.jsonl"),
+    "empty file": (["data.train={tmp}/empty.jsonl"], "empty.jsonl: the file holds no rows"),
     "wrong format": (["data.train={tmp}/wrong.jsonl"], "wrong.jsonl"),
     "a world that does not fit": (["parallel.tensor_model_parallel_size=3"], "tensor_model_parallel_size(3)"),
 }
@@ -109,7 +109,7 @@ def test_ctrl_c_ends_all_ranks(tmp_path: Path, ranks: int):
     os.kill(process.pid, signal.SIGINT)  # the ranks are in sessions of their own: the launcher has to tell them
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in errors, errors
-    assert "continues from the last complete checkpoint" in errors
+    assert "continues from the last complete checkpoint when repeated" in errors
     assert not psutil.wait_procs(family, timeout=10)[1], "orphans"
     for checkpoint in list_checkpoints(output / "checkpoints"):
         verify(checkpoint)
@@ -130,8 +130,7 @@ def test_train_chat_convert_and_start_from_the_result(tmp_path: Path):
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.config.num_hidden_layers == 2 and not any(torch.isnan(p).any() for p in model.parameters())
     start_from = [f"model.init_from={folder}", *(a for a in TINY if not a.startswith("model.")), f"output={tmp_path / 'again'}"]
-    (tmp_path / "recipe.yaml").write_text("data: {train: grammar, sequence_length: 256}\n")
-    done = megalign("sft", str(tmp_path / "recipe.yaml"), *start_from, "train.max_steps=3", "optimizer.lr=1e-5")
+    done = megalign("sft", "sft-from-hf", *start_from, "train.max_steps=3")
     assert done.returncode == 0, done.stderr
     first = json.loads((tmp_path / "again" / "metrics.jsonl").read_text().splitlines()[0])
     trained = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if '"train"' in line]
