@@ -121,7 +121,7 @@ def test_train_chat_convert_and_start_from_the_result(tmp_path: Path):
     from transformers import AutoModelForCausalLM
 
     run, folder = tmp_path / "run", tmp_path / "hf"
-    done = megalign("sft", "sft-dense", *TINY, f"output={run}", "train.max_steps=12")
+    done = megalign("sft", "sft-dense", *TINY, f"output={run}", "train.max_steps=40", "optimizer.lr=5e-3")
     assert done.returncode == 0, done.stderr
     done = megalign("chat", str(run), "--prompt", "Where does she sleep?", "--max-new-tokens", "5")
     assert done.returncode == 0 and done.stderr == "", done.stderr
