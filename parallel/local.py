@@ -8,6 +8,7 @@ neighbour went away.
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import re
 import signal
@@ -54,6 +55,7 @@ def launch(arguments: Sequence[str], ranks: int, log_folder: Path) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     log_folder.mkdir(parents=True, exist_ok=True)
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we say what failed, once
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // ranks)))
     os.environ[LAUNCHER] = str(os.getpid())
     config = LaunchConfig(
