@@ -127,7 +127,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_offered(tmp_path:
 def test_another_model_or_other_data_or_a_strange_folder_is_refused(tmp_path: Path):
     first = recipe(tmp_path / "a", train={"max_steps": 3})
     assert run(1, sft_checks.train, first) == ""
-    fewer = recipe(tmp_path / "a", train={"max_steps": 4}, data={"max_rows": 29})
+    fewer = recipe(tmp_path / "a", train={"max_steps": 4}, data={"max_rows": 20})
     assert "was trained on other rows" in run(1, sft_checks.train, fewer)
     wider = recipe(tmp_path / "a", model={"hidden_size": 64}, train={"max_steps": 3})
     assert "model.hidden_size: 32 there, 64 here" in run(1, sft_checks.train, wider)
