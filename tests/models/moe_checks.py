@@ -81,6 +81,18 @@ def check_auxiliary_loss() -> dict[str, float]:
     return found
 
 
+def check_z_loss() -> tuple[float, float]:
+    """P11: megatron's z-loss (without coefficient), and mean logsumexp(logits)^2 (ST-MoE, arXiv:2202.08906, eq. 5)."""
+    from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker, get_moe_layer_wise_logging_tracker
+
+    module = layer(moe_z_loss_coeff=0.1)
+    x = torch.randn(9, 2, 16, requires_grad=True)
+    clear_aux_losses_tracker()
+    module(x)
+    found = get_moe_layer_wise_logging_tracker()["z_loss"]["values"].sum()
+    return float(found), float((x @ module.router.weight.t()).logsumexp(-1).square().mean())
+
+
 def check_conservation(dispatcher: str, capacity: float | None) -> dict[str, Any]:
     """P12: experts that return what they get, weighted: every token comes back where it was, or is counted as dropped."""
     import torch.distributed as dist

@@ -25,6 +25,11 @@ def test_auxiliary_loss_is_least_for_uniform_and_greatest_for_collapsed_routing(
     assert found["uniform"] < found["random"] < found["collapsed"]
 
 
+def test_z_loss_is_the_mean_square_of_logsumexp():
+    found, expected = run_ranks(moe_checks.check_z_loss, 1)[0]
+    assert found == pytest.approx(expected, rel=1e-5) and expected > 0.1
+
+
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
 def test_no_token_is_lost_in_dispatch(world: int, dispatcher: str):
