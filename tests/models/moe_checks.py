@@ -83,7 +83,10 @@ def check_auxiliary_loss() -> dict[str, float]:
 
 def check_z_loss() -> tuple[float, float]:
     """P11: megatron's z-loss (without coefficient), and mean logsumexp(logits)^2 (ST-MoE, arXiv:2202.08906, eq. 5)."""
-    from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker, get_moe_layer_wise_logging_tracker
+    from megatron.core.transformer.moe.moe_utils import (
+        clear_aux_losses_tracker,
+        get_moe_layer_wise_logging_tracker,
+    )
 
     module = layer(moe_z_loss_coeff=0.1)
     x = torch.randn(9, 2, 16, requires_grad=True)
