@@ -18,10 +18,9 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: quickstart test test-gpu oracle soak bench lint clean
 
 $(READY): pyproject.toml constraints-cpu.txt
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) ..."
-	@$(INSTALL) -c constraints-cpu.txt -e '.[test]'
-	@touch $@
+	@started=$$(date +%s); test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
+	$(INSTALL) -c constraints-cpu.txt -e '.[test]' && echo $$(($$(date +%s) - started)) > $@
 
 $(VENV)/.oracle: $(READY)
 	@$(INSTALL) -c constraints-cpu.txt -e '.[test,oracle]'

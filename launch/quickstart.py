@@ -8,11 +8,13 @@ Exit code 0 only if the resumed losses are bitwise those of the run before it wa
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -34,6 +36,7 @@ def main() -> None:
     fresh_folder()
     started = time.monotonic()
     seconds = {}
+    memory = Memory()
 
     half = half_of(overrides)
     console.rule(f"1/3  train with TP2 x PP2 x EP2 + SP on 4 local ranks; one is killed (kill -9) at step {half + OVERLAP}")
@@ -49,7 +52,10 @@ def main() -> None:
     console.rule("3/3  what came out")
     show(before, half, exact=not arguments.data)
     stages = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
-    console.print(f"\nstages: {stages}; {time.monotonic() - started:.0f} s in all")
+    installed = Path(sys.prefix) / ".ready"
+    install = f"install {installed.read_text().strip()} s, " if installed.exists() and installed.read_text().strip() else ""
+    console.print(f"\nstages: {install}{stages}; {time.monotonic() - started:.0f} s without install")
+    console.print(f"memory: {memory.peak / 1e9:.1f} GB at most, all processes together")
     console.print(f"\nreport: [bold]{(RUN / 'report.html').resolve()}[/]\n\nnext:")
     megalign = Path(sys.executable).with_name("megalign")
     megalign = os.path.relpath(megalign) if megalign.is_relative_to(Path.cwd()) else str(megalign)
@@ -59,6 +65,28 @@ def main() -> None:
         ("make quickstart DATA=your_chats.jsonl", "the same on your own conversations"),
     ):
         console.print(f"  {line:<45} {what}")
+
+
+class Memory(threading.Thread):
+    """Most memory that this process and all it started had at one moment, shared pages counted once (PSS), in bytes."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak = 0
+        self.start()
+
+    def run(self) -> None:
+        import psutil
+
+        me = psutil.Process()
+        while True:
+            total = 0
+            for process in [me, *me.children(recursive=True)]:
+                with contextlib.suppress(psutil.Error):
+                    info = process.memory_full_info()
+                    total += getattr(info, "pss", info.uss)
+            self.peak = max(self.peak, total)
+            time.sleep(1)
 
 
 def command(overrides: list[str]) -> list[str]:

@@ -38,13 +38,14 @@ class Batch:
     tokens: torch.Tensor  # [T] int64
     labels: torch.Tensor  # [T] int64; pad_id where there is no next token
     loss_mask: torch.Tensor  # [T] bool; labels[t] is scored
+    padding: torch.Tensor  # [T] bool; no document's token
     position_ids: torch.Tensor  # [T] int64
     cu_seqlens: torch.Tensor  # [n + 1] int32; first 0, last T
     max_seqlen: int
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
-        tensors = (self.tokens, self.labels, self.loss_mask, self.position_ids, self.cu_seqlens)
+        tensors = (self.tokens, self.labels, self.loss_mask, self.padding, self.position_ids, self.cu_seqlens)
         return Batch(*(tensor.to(device) for tensor in tensors), max_seqlen=self.max_seqlen)
 
 
@@ -75,6 +76,7 @@ def collate(
     tokens = np.full(total, pad_id, dtype=np.int64)
     labels = np.full(total, pad_id, dtype=np.int64)
     loss_mask = np.zeros(total, dtype=bool)
+    padding = np.ones(total, dtype=bool)
     bounds = [0]
 
     for number, pack in enumerate(packs, 1):
@@ -90,6 +92,7 @@ def collate(
             tokens[start : start + length] = document.input_ids
             labels[start : start + length - 1] = document.input_ids[1:]
             loss_mask[start : start + length - 1] = document.loss_mask[1:]
+            padding[start : start + length] = False
         if pad_to is None:
             _add_padding(bounds, limit, sequence_length)
     _add_padding(bounds, total, sequence_length)
@@ -99,6 +102,7 @@ def collate(
         tokens=torch.from_numpy(tokens),
         labels=torch.from_numpy(labels),
         loss_mask=torch.from_numpy(loss_mask),
+        padding=torch.from_numpy(padding),
         position_ids=torch.from_numpy(np.arange(total) - np.repeat(bounds[:-1], lengths)),
         cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
         max_seqlen=int(lengths.max()),

@@ -121,7 +121,7 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder, finished or n
 
 
 @data_app.command("preview")
-def data_preview(recipe: RecipeArgument, overrides: Overrides = None, rows: Annotated[int, typer.Option(help="How many.")] = 3) -> None:
+def data_preview(recipe: RecipeArgument, overrides: Overrides = None, rows: Annotated[int, typer.Option(min=1, help="How many.")] = 3) -> None:
     """Show rendered rows with the scored tokens coloured."""
     from megalign.config.load import load_recipe
     from megalign.data.preview import preview

@@ -335,6 +335,30 @@ def _optimizer_shared_step() -> None:
     DistributedOptimizer.load_state_dict = load_state_dict
 
 
+def _padded_z_loss() -> None:
+    from megatron.core.transformer.moe import moe_utils
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    upstream = TopKRouter.apply_z_loss
+
+    @functools.wraps(upstream)
+    def apply_z_loss(self: Any, logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Mean of logsumexp(logits)^2 over the real tokens of the whole group, logits [tokens of this rank, E]."""
+        coefficient = self.config.moe_z_loss_coeff
+        if padding_mask is None or not coefficient or not self.training or not torch.is_grad_enabled():
+            return upstream(self, logits, padding_mask)
+        valid = ~padding_mask
+        tokens = valid.sum().float()
+        if self.tp_cp_group.size() > 1:
+            dist.all_reduce(tokens, group=self.tp_cp_group)
+        part = (torch.logsumexp(logits, dim=-1).square() * valid).sum() / tokens.clamp(min=1.0)
+        layers = self.config.num_layers + (self.config.mtp_num_layers or 0)
+        moe_utils.save_to_aux_losses_tracker("z_loss", part, self.layer_number, layers, reduce_group=self.tp_cp_group)
+        return moe_utils.MoEAuxLossAutoScaler.apply(logits, part * coefficient)
+
+    TopKRouter.apply_z_loss = apply_z_loss
+
+
 PATCHES = (
     Patch("device", "pipeline_parallel/schedules.py", 596, 'device="cuda"', "CUDA devices, streams and literals", _redirect_device),
     Patch("tensor-methods", "optimizer/clip_grads.py", 167, "'torch.cuda.FloatTensor'", "dtypes are told by CUDA type names", _tensor_methods),
@@ -383,6 +407,15 @@ PATCHES = (
         's["step"] = step',
         "all parameters get the SAME step tensor: after a resume the step counts every parameter",
         _optimizer_shared_step,
+        cpu_only=False,
+    ),
+    Patch(
+        "padded-z-loss",
+        "transformer/moe/router.py",
+        487,
+        "z_loss_func(logits, moe_z_loss_coeff, padding_mask=padding_mask)",
+        "with padding each rank takes the mean over its own tokens: another loss on every layout",
+        _padded_z_loss,
         cpu_only=False,
     ),
 )

@@ -64,7 +64,7 @@ def schedule(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
     optimizer, steps = recipe.optimizer, recipe.train.max_steps
     if steps is not None and optimizer.lr_warmup_steps >= steps:
         rule = f"the run has only train.max_steps({steps}), and the warmup would never end"
-        fix = f"lower it, e.g. to {steps // 20} (5 %)"
+        fix = f"lower it, e.g. to {max(1, steps // 20)}" if steps > 1 else "set 0"
         yield Problem("optimizer.lr_warmup_steps", rule, fix, optimizer.lr_warmup_steps)
     if optimizer.min_lr > optimizer.lr:
         rule = f"is above the peak optimizer.lr({optimizer.lr:g})"

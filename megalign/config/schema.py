@@ -125,6 +125,7 @@ class TrainConfig(Section):
     eval_interval: int | None = Field(default=None, ge=1, description="steps between evaluations; null: only at the end")
     eval_rows: int | None = Field(default=None, ge=1, description="rows of validation used; null: all")
     early_stop_patience: int | None = Field(default=None, ge=1, description="evaluations without improvement after which the run stops")
+    early_stop_min_delta: float = Field(default=0.0, ge=0, description="nats by which eval_loss must fall below its last mark to count as an improvement")
     save_interval: int | None = Field(default=None, ge=1, description="steps between checkpoints; null: at evaluations and the end")
     keep_last: int = Field(default=2, ge=1)
     keep_best: int = Field(default=1, ge=0, description="checkpoints with the lowest eval_loss that are kept besides the last")

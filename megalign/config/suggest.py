@@ -73,6 +73,7 @@ _NAMES = {
     "train.eval_interval": "eval_steps eval_every eval_iters evaluation_interval",
     "train.save_interval": "save_steps save_every checkpoint_interval",
     "train.early_stop_patience": "patience early_stopping_patience",
+    "train.early_stop_min_delta": "min_delta early_stopping_threshold",
     "logging": "logger log",
     "logging.log_interval": "logging_steps log_every log_steps",
     "output": "output_dir out_dir save_dir run_dir",

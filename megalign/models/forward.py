@@ -16,7 +16,8 @@ def scored_logprobs(chunk: Any, batch: Batch, grid: Grid) -> Tensor:
     """Last stage: [2, N] as `DialogueModel` gives them; earlier stages: hidden states for the next one."""
     to = device()
     packed = packed_sequences(batch.cu_seqlens.to(to), batch.max_seqlen)
-    tokens, positions, labels, mask = (
-        context_part(x, batch.cu_seqlens, grid).to(to)[None] for x in (batch.tokens, batch.position_ids, batch.labels, batch.loss_mask)
+    tokens, positions, labels, mask, padding = (
+        context_part(x, batch.cu_seqlens, grid).to(to)[None]
+        for x in (batch.tokens, batch.position_ids, batch.labels, batch.loss_mask, batch.padding)
     )
-    return chunk(tokens, positions, None, labels=labels, loss_mask=mask, packed_seq_params=packed)
+    return chunk(tokens, positions, None, labels=labels, loss_mask=mask, padding_mask=padding, packed_seq_params=packed)

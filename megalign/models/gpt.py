@@ -28,6 +28,15 @@ class DialogueModel(GPTModel):
         super().__init__(*args, **kwargs)
         self.real_vocab_size = real_vocab_size
 
+    def forward(self, *args: Any, padding_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """megatron-core's forward. padding_mask [B, S]: True where the routers' auxiliary losses must not look."""
+        if self.config.num_moe_experts is None:
+            padding_mask = None
+        elif padding_mask is not None and self.config.sequence_parallel and not self.pre_process:
+            # megatron-core (gpt_model.py:314) cuts the mask to this rank's part of the sequence on the first stage only.
+            padding_mask = padding_mask.chunk(self.pg_collection.tp.size(), dim=1)[self.pg_collection.tp.rank()]
+        return super().forward(*args, padding_mask=padding_mask, **kwargs)
+
     def _postprocess(self, hidden_states: Tensor, *args: Any, labels: Tensor | None = None, loss_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         if labels is None or not self.post_process:
             return super()._postprocess(hidden_states, *args, labels=None, loss_mask=loss_mask, **kwargs)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,18 +111,29 @@ class Engine:
         """Mean loss over all batches, each a list of microbatches; the model is left as it was."""
         for chunk in self.chunks:
             chunk.eval()
-        # megatron-core jitters the router's input in eval mode too (router.py:520).
-        jitter, self.config.moe_input_jitter_eps = self.config.moe_input_jitter_eps, None
         total, tokens, metrics = 0.0, 0, {}
-        for microbatches in steps:
-            result, _ = self._run(microbatches, loss, forward_only=True)
-            total, tokens = total + result.loss * result.tokens, tokens + result.tokens
-            for name, value in result.metrics.items():
-                metrics[name] = metrics.get(name, 0.0) + value * result.tokens
-        self.config.moe_input_jitter_eps = jitter
+        with self._deterministic_routing():
+            for microbatches in steps:
+                result, _ = self._run(microbatches, loss, forward_only=True)
+                total, tokens = total + result.loss * result.tokens, tokens + result.tokens
+                for name, value in result.metrics.items():
+                    metrics[name] = metrics.get(name, 0.0) + value * result.tokens
         for chunk in self.chunks:
             chunk.train()
         return StepResult(total / max(1, tokens), tokens, {name: value / max(1, tokens) for name, value in metrics.items()})
+
+    @contextlib.contextmanager
+    def _deterministic_routing(self) -> Iterator[None]:
+        """Without what megatron-core does in eval mode too: noise on the router's input (router.py:520), tokens dropped by capacity."""
+        names = ("moe_input_jitter_eps", "moe_expert_capacity_factor")
+        kept = {name: getattr(self.config, name) for name in names}
+        for name in names:
+            setattr(self.config, name, None)
+        try:
+            yield
+        finally:
+            for name, value in kept.items():
+                setattr(self.config, name, value)
 
     def _run(self, microbatches: Sequence[Batch], loss: LossFunction, *, forward_only: bool) -> tuple[StepResult, list[float]]:
         grid = self.grid

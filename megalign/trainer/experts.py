@@ -14,10 +14,7 @@ from megalign.parallel.init import device
 
 
 class ExpertWatch:
-    """Counts assignments at every router of this rank while `counting`; `collect` sums them over the grid.
-
-    Padding is counted as well: the router sees it.
-    """
+    """Counts assignments of real tokens at every router of this rank while `counting`; `collect` sums them over the grid."""
 
     def __init__(self, models: Sequence[Any], grid: Grid):
         self.grid = grid
@@ -35,6 +32,8 @@ class ExpertWatch:
         def count(module: Any, inputs: Any, output: Any) -> None:
             if self.counting:
                 routing_map = output[1]  # [tokens, E] bool
+                if len(inputs) > 1 and inputs[1] is not None:
+                    routing_map = routing_map[~inputs[1].reshape(-1)]
                 counts.add_(routing_map.sum(0))
                 self.expected += routing_map.shape[0] * self.config.moe_router_topk
 

@@ -13,7 +13,7 @@ import torch
 
 from megalign.batch import Batch, collate, filled_tokens
 from megalign.config.layout import scaled_lr, total_steps
-from megalign.config.schema import Recipe
+from megalign.config.schema import Recipe, TrainConfig
 from megalign.data.dataset import Dataset
 from megalign.data.sampler import Sampler
 from megalign.parallel.checkpoint import checkpoint_name, list_checkpoints
@@ -35,12 +35,18 @@ class Progress:
     step: int = 0
     tokens: int = 0  # non-padding tokens seen
     evaluations: list[tuple[int, float]] = field(default_factory=list)  # (step, eval_loss)
-    without_improvement: int = 0
 
     @property
     def best(self) -> tuple[int, float] | None:
         """(step, eval_loss) of the best evaluation so far."""
         return min(self.evaluations, key=lambda pair: pair[1]) if self.evaluations else None
+
+    def without_improvement(self, min_delta: float) -> int:
+        """Evaluations since eval_loss last fell by more than `min_delta` nats below its mark (Keras' EarlyStopping)."""
+        mark, count = math.inf, 0
+        for _, loss in self.evaluations:
+            mark, count = (loss, 0) if loss < mark - min_delta else (mark, count + 1)
+        return count
 
 
 class Batches:
@@ -143,7 +149,6 @@ def fit(
         if not math.isfinite(result.loss):
             raise TrainingStopped(f"eval_loss is {result.loss}", progress.step, fix="the last checkpoint is intact; lower optimizer.lr")
         best = progress.best is None or result.loss < progress.best[1]
-        progress.without_improvement = 0 if best else progress.without_improvement + 1
         progress.evaluations.append((progress.step, result.loss))
         more = {f"eval_{name}": value for name, value in result.metrics.items()}
         perplexity = math.exp(min(result.loss, 80.0))
@@ -153,7 +158,7 @@ def fit(
         evaluate()
     end = min(steps, config.stop_at_step or steps)
     saved_at = progress.step if resume_from is not None else None
-    while progress.step < end and not _no_improvement(progress, config.early_stop_patience):
+    while progress.step < end and not _no_improvement(progress, config):
         began = time.monotonic()
         microbatches, tokens = batches.next_step()
         lr = learning_rate(
@@ -175,6 +180,10 @@ def fit(
         tokens = _over_data_ranks(tokens, grid)
         progress.tokens += tokens
         seconds = time.monotonic() - began
+        achieved = tokens / seconds * flops_per_token
+        if 0 < peak_flops < achieved:
+            log.event(progress.step, "warning", f"the device's peak was measured while it was busy ({peak_flops / 1e9:,.0f} GFLOP/s); this step reached {achieved / 1e9:,.0f}, MFU now refers to that")
+            peak_flops = achieved
         log.train(
             progress.step,
             loss=result.loss,
@@ -182,7 +191,7 @@ def fit(
             grad_norm=result.grad_norm,
             num_tokens=progress.tokens,
             tokens_per_second=tokens / seconds,
-            mfu=tokens / seconds * flops_per_token / peak_flops if peak_flops else None,
+            mfu=achieved / peak_flops if peak_flops else None,
             step_time=seconds,
             epoch=_epoch(batches.sampler),
             **result.metrics,
@@ -196,7 +205,7 @@ def fit(
             evaluate()
         is_best = evaluated and progress.best is not None and progress.best[0] == progress.step
         due = progress.step % config.save_interval == 0 if config.save_interval else evaluated
-        if last or due or (is_best and config.keep_best > 0) or _no_improvement(progress, config.early_stop_patience):
+        if last or due or (is_best and config.keep_best > 0) or _no_improvement(progress, config):
             save()
             saved_at = progress.step
         if out_of_time:
@@ -204,8 +213,8 @@ def fit(
             break
     if saved_at != progress.step and progress.step > 0:
         save()
-    if _no_improvement(progress, config.early_stop_patience):
-        log.event(progress.step, "stop", f"eval_loss has not improved in {progress.without_improvement} evaluations")
+    if _no_improvement(progress, config):
+        log.event(progress.step, "stop", f"eval_loss has not improved by more than {config.early_stop_min_delta:g} in {config.early_stop_patience} evaluations")
     elif progress.step == end < steps:
         log.event(progress.step, "stop", f"train.stop_at_step = {end}; the schedule has {steps} steps")
     return progress
@@ -225,8 +234,8 @@ def _watch(progress: Progress, result: StepResult, routing: dict[str, Any], clip
             raise TrainingStopped(message, progress.step, fix="the last checkpoint is from before; lower optimizer.lr, or raise train.spike_factor")
 
 
-def _no_improvement(progress: Progress, patience: int | None) -> bool:
-    return patience is not None and progress.without_improvement >= patience
+def _no_improvement(progress: Progress, config: TrainConfig) -> bool:
+    return config.early_stop_patience is not None and progress.without_improvement(config.early_stop_min_delta) >= config.early_stop_patience
 
 
 def _same_layout(checkpoint: Path, grid: Grid) -> bool:

@@ -31,6 +31,7 @@ def world_peak_flops(world: World, precision: str) -> float:
     """Measured peak FLOP/s of all devices together (collective): a GPU a rank, or all cores of each host."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     peak = 0.0
+    dist.barrier()  # nobody is still at work when the measurement begins
     if torch.cuda.is_available():
         peak = device_peak_flops(dtype) * world.size
     elif world.rank == 0:  # one rank measures with every core while the others wait

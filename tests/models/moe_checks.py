@@ -96,6 +96,54 @@ def check_z_loss() -> tuple[float, float]:
     return float(found), float((x @ module.router.weight.t()).logsumexp(-1).square().mean())
 
 
+def check_padding() -> dict[str, float]:
+    """Auxiliary losses of a sequence with padding, cut over the world by sequence parallelism; and the formulas on its real tokens.
+
+    Router gradients are compared as well: those of 0.1 E sum_e f_e P_e + 0.2 mean logsumexp^2, by torch's autograd.
+    """
+    import torch.distributed as dist
+    from megatron.core.transformer.moe.moe_utils import track_moe_metrics
+
+    from megalign.config.schema import ModelConfig
+    from megalign.models.build import build_chunks
+    from megalign.models.weights import initialise
+    from megalign.parallel.grid import create_grid
+
+    world, rank = dist.get_world_size(), dist.get_rank()
+    grid = create_grid(tensor_model_parallel_size=world)
+    model = ModelConfig.model_validate({**BASE, "init_method_std": 0.5, "moe_aux_loss_coeff": 0.1, "moe_z_loss_coeff": 0.2})
+    (chunk,) = build_chunks(model, grid, 64, sequence_parallel=world > 1)
+    initialise([chunk], model, grid, seed=5)
+    module: Any = chunk.decoder.layers[0].mlp
+    torch.manual_seed(0)
+    x = torch.randn(12, 1, 16)
+    padding = torch.arange(12)[None] >= 7  # the second half is nearly all padding
+    x[padding[0]] = 3 * torch.randn(16)
+
+    weight = module.router.weight.detach().clone().requires_grad_()
+    logits = x[:7, 0] @ weight.t()
+    probabilities = logits.softmax(-1)
+    routed = torch.zeros_like(logits).scatter(-1, logits.topk(2, -1).indices, 1.0)
+    balance = 4 * (routed.sum(0) / (7 * 2) * probabilities.sum(0) / 7).sum()
+    z = logits.logsumexp(-1).square().mean()
+    (0.1 * balance + 0.2 * z).backward()
+
+    part = slice(rank * 12 // world, (rank + 1) * 12 // world)
+    out = module(x[part].clone().requires_grad_(), padding_mask=padding[:, part])[0]
+    (out * 0).sum().backward()
+    grad = module.router.weight.grad.clone()
+    dist.all_reduce(grad)
+    found: dict[str, torch.Tensor] = {}
+    names = ["load_balancing_loss", "z_loss"]
+    track_moe_metrics(1.0, 0, None, total_loss_dict=found, track_names=names, num_layers=1, pg_collection=grid.process_groups)
+    assert weight.grad is not None
+    return {
+        "balance": float(found["load_balancing_loss"] / balance.detach()) - 1,
+        "z": float(found["z_loss"] / z.detach()) - 1,
+        "gradient": float((grad - weight.grad).abs().max() / weight.grad.abs().max()),
+    }
+
+
 def check_conservation(dispatcher: str, capacity: float | None) -> dict[str, Any]:
     """P12: experts that return what they get, weighted: every token comes back where it was, or is counted as dropped."""
     import torch.distributed as dist

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import moe_checks
 import pytest
 from ranks import run_ranks
+
+from megalign.parallel.patches import install
 
 MIXTURES = [(1, False, 4), (2, True, 4), (2, False, 4), (4, True, 4), (4, False, 4), (8, True, 16)]
 
@@ -28,6 +32,17 @@ def test_auxiliary_loss_is_least_for_uniform_and_greatest_for_collapsed_routing(
 def test_z_loss_is_the_mean_square_of_logsumexp():
     found, expected = run_ranks(moe_checks.check_z_loss, 1)[0]
     assert found == pytest.approx(expected, rel=1e-5) and expected > 0.1
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_auxiliary_losses_do_not_look_at_padding(world: int):
+    for rank in run_ranks(moe_checks.check_padding, world):
+        assert rank == pytest.approx({"balance": 0, "z": 0, "gradient": 0}, abs=1e-5)
+
+
+def test_without_its_patch_the_z_loss_of_padded_rows_depends_on_the_layout():
+    ranks = run_ranks(moe_checks.check_padding, 2, before=functools.partial(install, skip=["padded-z-loss"]))
+    assert abs(ranks[0]["z"]) > 0.01
 
 
 @pytest.mark.parametrize("world", [1, 2])
