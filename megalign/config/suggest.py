@@ -72,6 +72,8 @@ _NAMES = {
     "train.seed": "random_seed",
     "train.eval_interval": "eval_steps eval_every eval_iters evaluation_interval",
     "train.save_interval": "save_steps save_every checkpoint_interval",
+    "train.async_save": "async_checkpoint async_checkpointing background_save",
+    "train.hang_timeout_seconds": "hang_timeout watchdog watchdog_timeout heartbeat_timeout timeout",
     "train.early_stop_patience": "patience early_stopping_patience",
     "train.early_stop_min_delta": "min_delta early_stopping_threshold",
     "logging": "logger log",
