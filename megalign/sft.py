@@ -29,6 +29,7 @@ from megalign.trainer.finish import finish
 from megalign.trainer.hang import hang_watch
 from megalign.trainer.loop import fit
 from megalign.trainer.mfu import flops_per_token, world_peak_flops
+from megalign.trainer.profile import Instruments
 from megalign.trainer.run import (
     RunFolder,
     announce,
@@ -89,7 +90,10 @@ def _train(
     counts = count_parameters(recipe.model, this["vocab_size"])
     with open_logger(run, total_steps(recipe, len(train)) or 1, resume_from) as log, hang_watch(run.path / "logs" / "watch", engine):
         announce(run, world, train, log)
-        with Checkpoints(engine, run.checkpoints, log, lambda folder: train.tokenizer.save(folder / "tokenizer")) as checkpoints:
+        with (
+            Instruments(engine, run.path / "logs", log) as instruments,
+            Checkpoints(engine, run.checkpoints, log, lambda folder: train.tokenizer.save(folder / "tokenizer")) as checkpoints,
+        ):
             progress = fit(
                 engine,
                 train,
@@ -97,6 +101,7 @@ def _train(
                 token_loss,
                 log=log,
                 checkpoints=checkpoints,
+                instruments=instruments,
                 identity=this,
                 resume_from=resume_from,
                 flops_per_token=flops_per_token(recipe.model, counts, train.statistics),

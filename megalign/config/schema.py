@@ -146,7 +146,10 @@ class LoggingConfig(Section):
 
     log_interval: int = Field(default=1, ge=1)
     tensorboard: bool = True
+    trackers: list[Literal["wandb", "mlflow"]] = Field(default=[], description="dashboards told besides; each must be installed, and is set up by its own environment")
     timers: bool = Field(default=False, description="seconds of each phase on each rank, and which rank is slow; on CUDA it waits for the GPU at each phase")
+    profile_steps: tuple[int, int] | None = Field(default=None, description="first and last step of a torch profile; a chrome trace a rank in logs/profile")
+    memory_snapshot: bool = Field(default=False, description="on CUDA: a record of allocations in logs/memory when memory runs out")
     nvtx: bool = Field(default=False, description="name the phases for Nsight Systems (CUDA)")
     report: bool = True
 

@@ -78,6 +78,9 @@ _NAMES = {
     "train.early_stop_min_delta": "min_delta early_stopping_threshold",
     "logging": "logger log",
     "logging.log_interval": "logging_steps log_every log_steps",
+    "logging.profile_steps": "profile profiler profile_step_start",
+    "logging.trackers": "wandb mlflow report_to loggers",
+    "logging.timers": "timing timing_log_level wall_clock_breakdown",
     "output": "output_dir out_dir save_dir run_dir",
     "name": "run_name experiment_name",
 }

@@ -22,6 +22,7 @@ from megalign.trainer.checkpoints import Checkpoints
 from megalign.trainer.engine import Engine, LossFunction, StepResult
 from megalign.trainer.guard import ClipAlarm, SpikeGuard, TrainingStopped, expert_collapse
 from megalign.trainer.metrics import NullLogger
+from megalign.trainer.profile import Instruments
 from megalign.trainer.schedule import learning_rate
 
 EXPERT_LOAD_INTERVAL = 10  # steps between looks at the routers
@@ -98,6 +99,7 @@ def fit(
     *,
     log: NullLogger,
     checkpoints: Checkpoints,
+    instruments: Instruments,
     identity: dict[str, Any],
     resume_from: Path | None,
     flops_per_token: float,
@@ -156,6 +158,7 @@ def fit(
     while progress.step < end and not _no_improvement(progress, config):
         began = time.monotonic()
         engine.phases.step = progress.step + 1
+        instruments.before_step(progress.step + 1)
         with engine.phases("data"):
             microbatches, tokens = batches.next_step()
         lr = learning_rate(
@@ -194,6 +197,7 @@ def fit(
             **result.metrics,
             **routing,
         )
+        instruments.after_step(progress.step, seconds)
         checkpoints.poll()
         _watch(progress, result, routing, clip_alarm, spike, log)
         out_of_time = config.max_minutes is not None and any_rank(time.monotonic() - started > config.max_minutes * 60, grid)
@@ -212,6 +216,7 @@ def fit(
     if saved_at != progress.step and progress.step > 0:
         save()
     checkpoints.wait()
+    instruments.close(progress.step)
     engine.phases.watched = False
     if _no_improvement(progress, config):
         log.event(progress.step, "stop", f"eval_loss has not improved by more than {config.early_stop_min_delta:g} in {config.early_stop_patience} evaluations")

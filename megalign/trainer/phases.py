@@ -32,8 +32,10 @@ class Phases:
         self.synchronize, self.nvtx, self.clock = synchronize and torch.cuda.is_available(), nvtx, clock
         self.step = 0
         self.watched = False
+        self.profiled = False
         self.changes = 0
         self.stack: list[str] = []
+        self.ranges: list[Any] = []  # of the stack's phases in a torch profile, or None
         self.seconds: dict[str, float] = {}
         self._began = 0.0
 
@@ -50,6 +52,9 @@ class Phases:
         self.stack.append(name)
         if self.nvtx:
             torch.cuda.nvtx.range_push(name)
+        self.ranges.append(torch.profiler.record_function(name) if self.profiled else None)
+        if self.ranges[-1] is not None:
+            self.ranges[-1].__enter__()
         if len(self.stack) == 1:
             self._began = self._now()
 
@@ -59,6 +64,9 @@ class Phases:
         ended = ""
         while ended != name:  # an error may have left inner phases open
             ended = self.stack.pop()
+            traced = self.ranges.pop()
+            if traced is not None:
+                traced.__exit__(None, None, None)
             if self.nvtx:
                 torch.cuda.nvtx.range_pop()
         self.changes += 1
