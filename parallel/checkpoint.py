@@ -238,6 +238,13 @@ def together(doing: str, work: Callable[[], Any], grid: Grid, *, only_logger: bo
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong, without the tracebacks that torch puts into its message."""
-    causes = [cause for cause, _ in getattr(error, "failures", {}).values()]
-    return "; ".join(str(cause).strip().splitlines()[-1] for cause in causes) or str(error) or type(error).__name__
+    """What went wrong: the operating system's word if it is behind the error, and no traceback.
+
+    Where the disk is full, torch's zip writer raises `unexpected pos 704 vs 598` over it.
+    """
+    behind: BaseException | None = error
+    while behind is not None:
+        if isinstance(behind, OSError):
+            return str(behind)
+        behind = behind.__cause__ or behind.__context__
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -7,12 +7,15 @@ neighbour went away.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import json
 import logging
 import os
 import re
 import signal
 import sys
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +103,6 @@ def describe_failure(failures: Iterable[RankFailure], ranks: int, log_folder: Pa
 
 def record_failure(error: BaseException, expected: bool) -> None:
     """Leave this rank's error for the launcher (torchelastic's error file), or print it if there is none."""
-    import json
     import time
     import traceback
 
@@ -111,7 +113,13 @@ def record_failure(error: BaseException, expected: bool) -> None:
         print(f"error: {message}" if expected else f"{text}\nerror: {message}", file=sys.stderr, flush=True)
         return
     extra = {"py_callstack": text, "timestamp": str(int(time.time())), "expected": expected, "seconds": time.time()}
-    Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
+    content = json.dumps({"message": {"message": message, "extraInfo": extra}})
+    try:
+        Path(path).write_text(content)
+    except OSError:  # the logs lie on the run's disk, which may be the one that is full
+        Path(path).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            _elsewhere(os.environ.get(LAUNCHER, ""), os.environ.get("RANK", "0")).write_text(content)
     print(text, file=sys.stderr if os.environ.get("LOCAL_RANK") != "0" else open(os.devnull, "w"), flush=True)
 
 
@@ -127,6 +135,10 @@ def end_with_launcher() -> None:
 def _failure(rank: int, failure: Any) -> RankFailure:
     message: Any = failure.message
     extra: Mapping[str, Any] = {}
+    elsewhere = _elsewhere(str(os.getpid()), str(rank))
+    if elsewhere.exists():
+        message = json.loads(elsewhere.read_text())["message"]
+        elsewhere.unlink()
     if isinstance(message, dict):
         message, extra = message.get("message", ""), message.get("extraInfo", {})
     return RankFailure(
@@ -137,6 +149,11 @@ def _failure(rank: int, failure: Any) -> RankFailure:
         traceback=str(extra.get("py_callstack", "")),
         expected=bool(extra.get("expected", False)),
     )
+
+
+def _elsewhere(launcher: str, rank: str) -> Path:
+    """Where a rank leaves its error if it cannot leave it in the logs."""
+    return Path(tempfile.gettempdir()) / f"megalign-{launcher}-rank-{rank}.error.json"
 
 
 def _cores() -> int:

@@ -90,7 +90,7 @@ class Save:
             (self.partial / "rng").mkdir()
 
         def describe() -> None:
-            torch.save(common, self.partial / "state" / "common.pt")
+            _torch_save(common, self.partial / "state" / "common.pt")
             (self.partial / "meta.json").write_text(json.dumps(meta, indent=1))
             if extra is not None:
                 extra(self.partial)
@@ -145,7 +145,7 @@ class Save:
                 self.results += outcome
                 self._describe(Path(file))
             file = self.partial / "rng" / f"rank_{self.grid.rank:05d}.pt"
-            torch.save(self.generators, file)
+            _torch_save(self.generators, file)
             self._describe(file)
         except BaseException as error:  # finish() raises it on all ranks
             self.failure = error
@@ -198,6 +198,12 @@ class Save:
         if self.grid.is_logger:
             shutil.rmtree(self.partial, ignore_errors=True)
         return CheckpointError(f"checkpoint of step {self.step} was not written: {error}. Earlier checkpoints are intact")
+
+
+def _torch_save(content: Any, file: Path) -> None:
+    """Through Python's file: torch's own does not say why the system refused to write."""
+    with file.open("wb") as stream:
+        torch.save(content, stream)
 
 
 def _copy(buckets: list[Any]) -> list[Any]:

@@ -37,6 +37,8 @@ def with_io_errors(recipe: dict[str, Any], step: int) -> str:
     """The run where the last rank's disk answers EIO to every flush of the checkpoint of `step`."""
     import torch.distributed as dist
 
+    from megalign.parallel.grid import destroy_grid
+
     flush = os.fsync
 
     def broken(descriptor: int) -> None:
@@ -50,6 +52,7 @@ def with_io_errors(recipe: dict[str, Any], step: int) -> str:
         return sft_checks.train(recipe)
     finally:
         os.fsync = flush
+        destroy_grid()  # which a run that failed leaves behind
 
 
 def under_a_jumping_clock(recipe: dict[str, Any]) -> str:
