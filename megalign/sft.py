@@ -24,7 +24,7 @@ from megalign.models.resolve import resolve_model
 from megalign.parallel.init import World
 from megalign.report.build import build_report
 from megalign.trainer.engine import Engine
-from megalign.trainer.finish import finish
+from megalign.trainer.finish import finish, generation_metrics
 from megalign.trainer.loop import fit
 from megalign.trainer.mfu import flops_per_token, world_peak_flops
 from megalign.trainer.run import (
@@ -99,6 +99,7 @@ def _train(
             save_extra=lambda folder: train.tokenizer.save(folder / "tokenizer"),
             flops_per_token=flops_per_token(recipe.model, counts, train.statistics),
             peak_flops=world_peak_flops(world, recipe.train.precision),
+            generate=(lambda step: generation_metrics(engine, run, validation)) if recipe.train.eval_prompts else None,
         )
         finish(engine, run, train, validation, progress, counts, log, seconds=time.monotonic() - started)
 

@@ -73,6 +73,22 @@ def schedule(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
         rule = f"lr_decay_style {optimizer.lr_decay_style} has no cycles"
         fix = "set optimizer.lr_decay_style to cosine_with_restarts, or this to 1"
         yield Problem("optimizer.lr_num_cycles", rule, fix, optimizer.lr_num_cycles)
+    yield from _warmup_stable_decay(recipe)
+
+
+def _warmup_stable_decay(recipe: Recipe) -> Iterator[Problem]:
+    optimizer, steps, decay = recipe.optimizer, recipe.train.max_steps, recipe.optimizer.lr_wsd_decay_steps
+    if optimizer.lr_decay_style != "wsd":
+        if decay is not None:
+            rule = f"lr_decay_style {optimizer.lr_decay_style} has no decay phase of its own"
+            yield Problem("optimizer.lr_wsd_decay_steps", rule, "set optimizer.lr_decay_style to wsd, or leave this out", decay)
+        return
+    if decay is None:
+        rule, fix = "wsd decays over the last steps, and must be told how many", "give it; 10 to 20 % of the steps is usual"
+        yield Problem("optimizer.lr_wsd_decay_steps", rule, fix, decay)
+    elif steps is not None and optimizer.lr_warmup_steps + decay > steps:
+        rule = f"with lr_warmup_steps({optimizer.lr_warmup_steps}) it is more than train.max_steps({steps})"
+        yield Problem("optimizer.lr_wsd_decay_steps", rule, f"lower it, e.g. to {max(1, steps // 10)}", decay)
 
 
 def evaluation(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
@@ -82,7 +98,7 @@ def evaluation(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
         rule, fix = "counts evaluations, but there is only one, at the end", "give train.eval_interval"
         yield Problem("train.early_stop_patience", rule, fix, train.early_stop_patience)
     if data.validation is None and data.validation_rows == 0:
-        for key in ("eval_interval", "exact_match"):
+        for key in ("eval_interval", "exact_match", "eval_prompts"):
             if value := getattr(train, key):
                 fix = "give data.validation or data.validation_rows"
                 yield Problem(f"train.{key}", "there are no validation rows", fix, value)

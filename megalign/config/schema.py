@@ -104,10 +104,12 @@ class OptimizerConfig(Section):
     adam_beta2: float = Field(default=0.95, ge=0, lt=1)
     adam_eps: float = Field(default=1e-8, gt=0)
     clip_grad: float = Field(default=1.0, ge=0, description="global-norm clip; 0: off")
-    lr_decay_style: Literal["cosine", "linear", "constant", "cosine_with_restarts"] = "cosine"
+    lr_decay_style: Literal["cosine", "linear", "constant", "cosine_with_restarts", "wsd"] = "cosine"
     lr_warmup_steps: int = Field(default=0, ge=0)
     min_lr: float = Field(default=0.0, ge=0)
     lr_num_cycles: int = Field(default=1, ge=1, description="cosine_with_restarts: number of restarts")
+    lr_wsd_decay_steps: int | None = Field(default=None, ge=1, description="wsd: steps of the final decay; required by it")
+    lr_wsd_decay_style: Literal["minus_sqrt", "linear", "cosine", "exponential"] = "minus_sqrt"
     scale_lr_with_data_parallel: Literal["none", "linear", "sqrt"] = "none"
 
 
@@ -132,6 +134,10 @@ class TrainConfig(Section):
     load_best_at_end: bool = True
     nan_guard: bool = Field(default=True, description="stop on a non-finite loss or gradient with cause, parameter and microbatch")
     spike_factor: float | None = Field(default=None, gt=1, description="stop when loss exceeds this multiple of its running mean; null: off")
+    freeze: list[str] = Field(
+        default=[], description="parameters that keep their values: globs over global names, or dotted parts of them (router, embedding)"
+    )
+    eval_prompts: int = Field(default=0, ge=0, description="validation prompts answered greedily at every evaluation: exact match and length")
     sample_prompts: int = Field(default=3, ge=0, description="prompts answered at the end for the report")
     sample_tokens: int = Field(default=64, ge=1)
     exact_match: bool = Field(default=False, description="at the end, answer every validation prompt greedily and compare")

@@ -17,6 +17,7 @@ from megalign.config.schema import Recipe
 from megalign.losses import TokenLoss
 from megalign.models.build import build_chunks
 from megalign.models.forward import scored_logprobs
+from megalign.models.freeze import freeze
 from megalign.models.pretrained import load_pretrained
 from megalign.models.weights import initialise
 from megalign.parallel import checkpoint
@@ -67,6 +68,8 @@ class Engine:
             load_pretrained(models, recipe.model, grid, vocab_size)
         else:
             initialise(models, recipe.model, grid, seed)
+        if train:
+            freeze(models, grid, recipe.train.freeze)
         self.config: Any = models[0].config
         self.experts = ExpertWatch(models, grid)
         self.models = models

@@ -104,8 +104,11 @@ def fit(
     save_extra: Callable[[Path], None],
     flops_per_token: float,
     peak_flops: float,
+    generate: Callable[[int], dict[str, float]] | None = None,
 ) -> Progress:
     """Train to the end of the recipe, or until a stopping rule holds; return where the run stands.
+
+    generate: called with the step at each evaluation, on every rank; its metrics are logged with the loss.
 
     Raises TrainingStopped (a guard) and CheckpointError (a full disk); the last complete checkpoint stays.
     """
@@ -150,7 +153,7 @@ def fit(
             raise TrainingStopped(f"eval_loss is {result.loss}", progress.step, fix="the last checkpoint is intact; lower optimizer.lr")
         best = progress.best is None or result.loss < progress.best[1]
         progress.evaluations.append((progress.step, result.loss))
-        more = {f"eval_{name}": value for name, value in result.metrics.items()}
+        more = {f"eval_{name}": value for name, value in {**result.metrics, **(generate(progress.step) if generate else {})}.items()}
         perplexity = math.exp(min(result.loss, 80.0))
         log.eval(progress.step, eval_loss=result.loss, eval_tokens=result.tokens, eval_perplexity=perplexity, best=best, **more)
 
@@ -169,6 +172,8 @@ def fit(
             total=steps,
             style=recipe.optimizer.lr_decay_style,
             cycles=recipe.optimizer.lr_num_cycles,
+            wsd_decay_steps=recipe.optimizer.lr_wsd_decay_steps or 0,
+            wsd_decay_style=recipe.optimizer.lr_wsd_decay_style,
         )
         look = progress.step % EXPERT_LOAD_INTERVAL == 0 or progress.step + 1 == end
         if look:

@@ -72,6 +72,30 @@ def train_with_nan(recipe: dict[str, Any], step: int, microbatch: int) -> str:
     return train(recipe)
 
 
+def train_and_compare(recipe: dict[str, Any]) -> tuple[str, list[str], list[str]]:
+    """Run it; the error, and (on rank 0) the names of the parameters that moved and of those that did not."""
+    from megalign.config.schema import Recipe
+    from megalign.models.weights import stream_full
+    from megalign.parallel.checkpoint import list_checkpoints
+    from megalign.parallel.grid import destroy_grid
+    from megalign.parallel.init import read_world
+    from megalign.trainer.engine import Engine
+    from megalign.trainer.run import grid_of
+
+    error = train(recipe)
+    if error:
+        return error, [], []
+    config = Recipe.model_validate(recipe)
+    grid = grid_of(config, read_world(os.environ))
+    engine = Engine(config, grid, 300, train=False)
+    before = {name: full.clone() for name, full in stream_full(engine.models, grid)}
+    engine.load(list_checkpoints(Path(config.output) / "checkpoints")[-1], weights_only=True)
+    after = dict(stream_full(engine.models, grid))
+    destroy_grid()
+    moved = [name for name in before if not before[name].equal(after[name])]
+    return "", moved, [name for name in before if name not in moved]
+
+
 def train_with_full_disk(recipe: dict[str, Any], largest_file: int) -> str:
     """The same where no file may grow past `largest_file` bytes, as on a full disk."""
     import resource
