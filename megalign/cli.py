@@ -113,6 +113,18 @@ def convert(
 
 
 @app.command()
+def average(
+    run: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)],
+    output: Annotated[Path, typer.Argument(help="Folder for the averaged checkpoint.", show_default=False)],
+    last: Annotated[int, typer.Option(min=2, help="How many of the newest checkpoints.")] = 2,
+) -> None:
+    """Average the weights of a run's last checkpoints (LAWA); chat and convert take the result."""
+    from megalign.average import average as work
+
+    _run_ranks(1, Path("."), lambda world: print(work(run, output, last, world)))
+
+
+@app.command()
 def report(run: Annotated[Path, typer.Argument(help="A run folder, finished or not.", show_default=False)]) -> None:
     """Build report.html of a run again."""
     from megalign.report.build import build_report

@@ -31,7 +31,7 @@ import torch.distributed as dist
 from megalign.parallel.grid import Grid
 from megalign.parallel.optimizer import create_states
 
-FORMAT = "megalign-checkpoint-1"
+FORMAT = "megalign-checkpoint-2"
 _NAME = re.compile(r"iter_(\d{7,})")
 
 
