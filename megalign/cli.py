@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import tempfile
@@ -217,6 +218,7 @@ def _run_ranks(ranks: int, folder: Path, work: Callable[[Any], None]) -> None:
 
 def _is_expected(error: BaseException) -> bool:
     """True if the message is all a user needs: no traceback."""
-    names = {"ConfigError", "DataError", "RunError", "CheckpointError", "TrainingStopped", "ConversionError"}
+    names = {"ConfigError", "DataError", "RunError", "CheckpointError", "TrainingStopped", "TrackerError", "ConversionError"}
     files = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
-    return isinstance(error, files) or any(kind.__name__ in names for kind in type(error).__mro__)
+    full_or_broken = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+    return full_or_broken or isinstance(error, files) or any(kind.__name__ in names for kind in type(error).__mro__)

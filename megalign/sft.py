@@ -23,10 +23,13 @@ from megalign.losses import TokenLoss, cross_entropy_loss
 from megalign.models.resolve import resolve_model
 from megalign.parallel.init import World
 from megalign.report.build import build_report
+from megalign.trainer.checkpoints import Checkpoints
 from megalign.trainer.engine import Engine
 from megalign.trainer.finish import finish, generation_metrics
+from megalign.trainer.hang import hang_watch
 from megalign.trainer.loop import fit
 from megalign.trainer.mfu import flops_per_token, world_peak_flops
+from megalign.trainer.profile import Instruments
 from megalign.trainer.run import (
     RunFolder,
     announce,
@@ -85,22 +88,26 @@ def _train(
 ) -> None:
     recipe = engine.recipe
     counts = count_parameters(recipe.model, this["vocab_size"])
-    with open_logger(run, total_steps(recipe, len(train)) or 1, resume_from) as log:
+    with open_logger(run, total_steps(recipe, len(train)) or 1, resume_from) as log, hang_watch(run.path / "logs" / "watch", engine):
         announce(run, world, train, log)
-        progress = fit(
-            engine,
-            train,
-            validation,
-            token_loss,
-            log=log,
-            checkpoints=run.checkpoints,
-            identity=this,
-            resume_from=resume_from,
-            save_extra=lambda folder: train.tokenizer.save(folder / "tokenizer"),
-            flops_per_token=flops_per_token(recipe.model, counts, train.statistics),
-            peak_flops=world_peak_flops(world, recipe.train.precision),
-            generate=(lambda step: generation_metrics(engine, run, validation)) if recipe.train.eval_prompts else None,
-        )
+        with (
+            Instruments(engine, run.path / "logs", log) as instruments,
+            Checkpoints(engine, run.checkpoints, log, lambda folder: train.tokenizer.save(folder / "tokenizer")) as checkpoints,
+        ):
+            progress = fit(
+                engine,
+                train,
+                validation,
+                token_loss,
+                log=log,
+                checkpoints=checkpoints,
+                instruments=instruments,
+                identity=this,
+                resume_from=resume_from,
+                flops_per_token=flops_per_token(recipe.model, counts, train.statistics),
+                peak_flops=world_peak_flops(world, recipe.train.precision),
+                generate=(lambda step: generation_metrics(engine, run, validation)) if recipe.train.eval_prompts else None,
+            )
         finish(engine, run, train, validation, progress, counts, log, seconds=time.monotonic() - started)
 
 

@@ -359,6 +359,19 @@ def _padded_z_loss() -> None:
     TopKRouter.apply_z_loss = apply_z_loss
 
 
+def _empty_aux_loss() -> None:
+    from megatron.core.transformer.moe import router
+
+    upstream = router.switch_load_balancing_loss_func
+
+    @functools.wraps(upstream)
+    def balance(probs: torch.Tensor, tokens_per_expert: torch.Tensor, total_num_tokens: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        counted = total_num_tokens.clamp(min=1) if torch.is_tensor(total_num_tokens) else max(1, total_num_tokens)
+        return upstream(probs, tokens_per_expert, counted, *args, **kwargs)
+
+    router.switch_load_balancing_loss_func = balance
+
+
 PATCHES = (
     Patch("device", "pipeline_parallel/schedules.py", 596, 'device="cuda"', "CUDA devices, streams and literals", _redirect_device),
     Patch("tensor-methods", "optimizer/clip_grads.py", 167, "'torch.cuda.FloatTensor'", "dtypes are told by CUDA type names", _tensor_methods),
@@ -416,6 +429,15 @@ PATCHES = (
         "z_loss_func(logits, moe_z_loss_coeff, padding_mask=padding_mask)",
         "with padding each rank takes the mean over its own tokens: another loss on every layout",
         _padded_z_loss,
+        cpu_only=False,
+    ),
+    Patch(
+        "empty-aux-loss",
+        "transformer/moe/moe_utils.py",
+        131,
+        "num_experts * moe_aux_loss_coeff / (topk * total_num_tokens * total_num_tokens)",
+        "0 / 0 for a microbatch of padding alone, as at the end of an epoch: NaN gradients though no loss is NaN",
+        _empty_aux_loss,
         cpu_only=False,
     ),
 )

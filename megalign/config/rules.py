@@ -104,4 +104,13 @@ def evaluation(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
                 yield Problem(f"train.{key}", "there are no validation rows", fix, value)
 
 
-RULES = (*layout_rules.RULES, *model_rules.RULES, sequence_length, batch, schedule, evaluation)
+def profile(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
+    """A profile has a first and a last step, in this order."""
+    if recipe.logging.profile_steps is not None:
+        first, last = recipe.logging.profile_steps
+        if not 1 <= first <= last:
+            rule = "must be [first, last] with 1 <= first <= last; steps count from 1"
+            yield Problem("logging.profile_steps", rule, "e.g. [10, 12]", [first, last])
+
+
+RULES = (*layout_rules.RULES, *model_rules.RULES, sequence_length, batch, schedule, evaluation, profile)

@@ -129,6 +129,10 @@ class TrainConfig(Section):
     early_stop_patience: int | None = Field(default=None, ge=1, description="evaluations without improvement after which the run stops")
     early_stop_min_delta: float = Field(default=0.0, ge=0, description="nats by which eval_loss must fall below its last mark to count as an improvement")
     save_interval: int | None = Field(default=None, ge=1, description="steps between checkpoints; null: at evaluations and the end")
+    async_save: bool = Field(default=False, description="write checkpoints while training goes on; needs memory for a copy of this rank's shards")
+    hang_timeout_seconds: float | None = Field(
+        default=None, gt=0, description="end the run, with the stacks of all ranks, when a rank does nothing new for so long; more than the longest save; null: off"
+    )
     keep_last: int = Field(default=2, ge=1)
     keep_best: int = Field(default=1, ge=0, description="checkpoints with the lowest eval_loss that are kept besides the last")
     load_best_at_end: bool = True
@@ -148,6 +152,11 @@ class LoggingConfig(Section):
 
     log_interval: int = Field(default=1, ge=1)
     tensorboard: bool = True
+    trackers: list[Literal["wandb", "mlflow"]] = Field(default=[], description="dashboards told besides; each must be installed, and is set up by its own environment")
+    timers: bool = Field(default=False, description="seconds of each phase on each rank, and which rank is slow; on CUDA it waits for the GPU at each phase")
+    profile_steps: tuple[int, int] | None = Field(default=None, description="first and last step of a torch profile; a chrome trace a rank in logs/profile")
+    memory_snapshot: bool = Field(default=False, description="on CUDA: a record of allocations in logs/memory when memory runs out")
+    nvtx: bool = Field(default=False, description="name the phases for Nsight Systems (CUDA)")
     report: bool = True
 
 

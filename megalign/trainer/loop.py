@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,13 @@ from megalign.config.layout import scaled_lr, total_steps
 from megalign.config.schema import Recipe, TrainConfig
 from megalign.data.dataset import Dataset
 from megalign.data.sampler import Sampler
-from megalign.parallel.checkpoint import checkpoint_name, list_checkpoints
 from megalign.parallel.grid import Grid
 from megalign.parallel.schedule import any_rank
+from megalign.trainer.checkpoints import Checkpoints
 from megalign.trainer.engine import Engine, LossFunction, StepResult
 from megalign.trainer.guard import ClipAlarm, SpikeGuard, TrainingStopped, expert_collapse
 from megalign.trainer.metrics import NullLogger
-from megalign.trainer.prune import checkpoints_to_remove, remove_checkpoints
+from megalign.trainer.profile import Instruments
 from megalign.trainer.schedule import learning_rate
 
 EXPERT_LOAD_INTERVAL = 10  # steps between looks at the routers
@@ -98,10 +98,10 @@ def fit(
     loss: LossFunction,
     *,
     log: NullLogger,
-    checkpoints: Path,
+    checkpoints: Checkpoints,
+    instruments: Instruments,
     identity: dict[str, Any],
     resume_from: Path | None,
-    save_extra: Callable[[Path], None],
     flops_per_token: float,
     peak_flops: float,
     generate: Callable[[int], dict[str, float]] | None = None,
@@ -140,11 +140,7 @@ def fit(
             "spike": spike.state_dict() if spike else None,
         }
         meta = {"identity": identity, "recipe": recipe.model_dump(), "layout": grid.layout(), "training": training}
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        engine.save(checkpoints, progress.step, meta, save_extra)
-        log.event(progress.step, "checkpoint", checkpoint_name(progress.step))
-        if grid.is_logger:
-            remove_checkpoints(checkpoints_to_remove(list_checkpoints(checkpoints), progress.evaluations, config.keep_last, config.keep_best))
+        checkpoints.save(progress.step, meta, progress.evaluations)
 
     def evaluate() -> None:
         assert held_out is not None
@@ -161,9 +157,13 @@ def fit(
         evaluate()
     end = min(steps, config.stop_at_step or steps)
     saved_at = progress.step if resume_from is not None else None
+    engine.phases.watched = True
     while progress.step < end and not _no_improvement(progress, config):
         began = time.monotonic()
-        microbatches, tokens = batches.next_step()
+        engine.phases.step = progress.step + 1
+        instruments.before_step(progress.step + 1)
+        with engine.phases("data"):
+            microbatches, tokens = batches.next_step()
         lr = learning_rate(
             progress.step,
             peak=peak_lr,
@@ -202,6 +202,8 @@ def fit(
             **result.metrics,
             **routing,
         )
+        instruments.after_step(progress.step, seconds)
+        checkpoints.poll()
         _watch(progress, result, routing, clip_alarm, spike, log)
         out_of_time = config.max_minutes is not None and any_rank(time.monotonic() - started > config.max_minutes * 60, grid)
         last = progress.step == end or out_of_time
@@ -218,6 +220,9 @@ def fit(
             break
     if saved_at != progress.step and progress.step > 0:
         save()
+    checkpoints.wait()
+    instruments.close(progress.step)
+    engine.phases.watched = False
     if _no_improvement(progress, config):
         log.event(progress.step, "stop", f"eval_loss has not improved by more than {config.early_stop_min_delta:g} in {config.early_stop_patience} evaluations")
     elif progress.step == end < steps:

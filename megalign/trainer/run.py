@@ -29,6 +29,7 @@ from megalign.parallel.checkpoint import list_checkpoints, read_meta
 from megalign.parallel.grid import Grid, create_grid
 from megalign.parallel.init import World
 from megalign.trainer.metrics import MetricsLogger, NullLogger
+from megalign.trainer.trackers import open_trackers
 
 
 class RunError(Exception):
@@ -206,7 +207,10 @@ def open_logger(run: RunFolder, steps: int, resume_from: Path | None) -> NullLog
         return NullLogger()
     logging = run.recipe.logging
     resume_step = int(resume_from.name.split("_")[1]) if resume_from else None
-    return MetricsLogger(run.path, total_steps=steps, tensorboard=logging.tensorboard, log_interval=logging.log_interval, resume_step=resume_step)
+    trackers = open_trackers(logging.trackers, run.recipe.name, run.recipe.model_dump(mode="json"), run.path / "logs", resume=resume_from is not None)
+    return MetricsLogger(
+        run.path, total_steps=steps, tensorboard=logging.tensorboard, log_interval=logging.log_interval, resume_step=resume_step, trackers=trackers
+    )
 
 
 def prompts_of(dataset: Dataset, count: int | None) -> list[Conversation]:
