@@ -207,9 +207,17 @@ def _run_ranks(ranks: int, folder: Path, work: Callable[[Any], None]) -> None:
 
         raise SystemExit(launch(sys.argv[1:], ranks, folder / "logs"))
     from megalign.parallel.init import init, shutdown
+    from megalign.parallel.preempt import PREEMPTED, Preempted, leave_marker
 
+    world = init()
     try:
-        work(init())
+        work(world)
+    except Preempted as stop:
+        leave_marker(stop)
+        if world.rank == 0:
+            print(f"\n{stop}", file=sys.stderr)
+        shutdown()
+        raise SystemExit(PREEMPTED) from None
     except KeyboardInterrupt:
         print("\nstopped. A training run continues from the last complete checkpoint when repeated.", file=sys.stderr)
         raise SystemExit(130) from None

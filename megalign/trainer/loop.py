@@ -17,6 +17,7 @@ from megalign.config.schema import Recipe, TrainConfig
 from megalign.data.dataset import Dataset
 from megalign.data.sampler import Sampler
 from megalign.parallel.grid import Grid
+from megalign.parallel.preempt import Preempted, StopSignals
 from megalign.parallel.schedule import any_rank
 from megalign.trainer.checkpoints import Checkpoints
 from megalign.trainer.engine import Engine, LossFunction, StepResult
@@ -104,13 +105,15 @@ def fit(
     resume_from: Path | None,
     flops_per_token: float,
     peak_flops: float,
+    stop: StopSignals,
     generate: Callable[[int], dict[str, float]] | None = None,
 ) -> Progress:
     """Train to the end of the recipe, or until a stopping rule holds; return where the run stands.
 
     generate: called with the step at each evaluation, on every rank; its metrics are logged with the loss.
 
-    Raises TrainingStopped (a guard) and CheckpointError (a full disk); the last complete checkpoint stays.
+    Raises TrainingStopped (a guard) and CheckpointError (a full disk); the last complete checkpoint stays. Raises
+    Preempted on every rank, with the step saved, once one of them has received a stop signal.
     """
     recipe, grid = engine.recipe, engine.grid
     config = recipe.train
@@ -153,9 +156,9 @@ def fit(
         perplexity = math.exp(min(result.loss, 80.0))
         log.eval(progress.step, eval_loss=result.loss, eval_tokens=result.tokens, eval_perplexity=perplexity, best=best, **more)
 
-    if progress.step == 0 and held_out is not None and config.eval_interval is not None:
-        evaluate()
     end = min(steps, config.stop_at_step or steps)
+    if held_out is not None and _evaluation_owed(progress, end, config):
+        evaluate()
     saved_at = progress.step if resume_from is not None else None
     engine.phases.watched = True
     while progress.step < end and not _no_improvement(progress, config):
@@ -206,15 +209,23 @@ def fit(
         checkpoints.poll()
         _watch(progress, result, routing, clip_alarm, spike, log)
         out_of_time = config.max_minutes is not None and any_rank(time.monotonic() - started > config.max_minutes * 60, grid)
+        preempted = any_rank(stop.received is not None, grid)
         last = progress.step == end or out_of_time
-        evaluated = held_out is not None and (last or (config.eval_interval and progress.step % config.eval_interval == 0))
+        # A scheduler that will kill us soon is not kept waiting by an evaluation: it is made up for on resumption.
+        evaluated = held_out is not None and not preempted and (last or (config.eval_interval and progress.step % config.eval_interval == 0))
         if evaluated:
             evaluate()
         is_best = evaluated and progress.best is not None and progress.best[0] == progress.step
         due = progress.step % config.save_interval == 0 if config.save_interval else evaluated
-        if last or due or (is_best and config.keep_best > 0) or _no_improvement(progress, config):
+        if last or due or preempted or (is_best and config.keep_best > 0) or _no_improvement(progress, config):
             save()
             saved_at = progress.step
+        if preempted:
+            checkpoints.wait()
+            cause = stop.received or "a stop signal on another rank"
+            log.event(progress.step, "stop", f"{cause}: the step is saved; the same command continues from there")
+            any_rank(False, grid)  # nobody leaves before the logging rank is done with the files
+            raise Preempted(progress.step, cause)
         if out_of_time:
             log.event(progress.step, "stop", f"train.max_minutes = {config.max_minutes:g} is over")
             break
@@ -242,6 +253,14 @@ def _watch(progress: Progress, result: StepResult, routing: dict[str, Any], clip
         message = spike.observe(result.loss)
         if message:
             raise TrainingStopped(message, progress.step, fix="the last checkpoint is from before; lower optimizer.lr, or raise train.spike_factor")
+
+
+def _evaluation_owed(progress: Progress, end: int, config: TrainConfig) -> bool:
+    """Before the first step, and where a stop signal left no time for the evaluation of the step that was saved."""
+    if progress.step == 0:
+        return config.eval_interval is not None
+    done = bool(progress.evaluations) and progress.evaluations[-1][0] == progress.step
+    return not done and (progress.step == end or (config.eval_interval is not None and progress.step % config.eval_interval == 0))
 
 
 def _no_improvement(progress: Progress, config: TrainConfig) -> bool:
