@@ -106,6 +106,13 @@ def stage_parameters(recipe: Recipe, layout: Layout, rows: int, stage: int) -> t
     return dense, experts
 
 
+def replicated_parameters(recipe: Recipe, layout: Layout, rows: int, stage: int) -> int:
+    """Norms and routers of a stage: whole on every tensor rank."""
+    layers, outside = _parts(recipe.model.model_dump_json(), rows)
+    inside = sum(layers[number].get(part, 0) for number in stage_numbers(recipe, layout, stage) for part in ("norms", "router"))
+    return inside + (outside.get("norms", 0) if stage == layout.pp - 1 else 0)
+
+
 def stage_numbers(recipe: Recipe, layout: Layout, stage: int) -> list[int]:
     """Numbers (from 0) of the layers of a stage, in the order of its chunks."""
     counts, numbers, at = stage_layers(recipe, layout), [], 0
