@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megalign.config import layout_rules, model_rules
+from megalign.config import layout_rules, model_rules, recompute
 from megalign.config.advice import warnings
 from megalign.config.errors import ConfigError, Problem, not_a_multiple
 from megalign.config.layout import Layout, layout_of, sequence_multiple, world_size_of
@@ -113,4 +113,4 @@ def profile(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
             yield Problem("logging.profile_steps", rule, "e.g. [10, 12]", [first, last])
 
 
-RULES = (*layout_rules.RULES, *model_rules.RULES, sequence_length, batch, schedule, evaluation, profile)
+RULES = (*layout_rules.RULES, *model_rules.RULES, recompute.recompute, sequence_length, batch, schedule, evaluation, profile)

@@ -59,6 +59,11 @@ class ParallelConfig(Section):
     tensor_model_parallel_size: int = Field(default=1, ge=1)
     pipeline_model_parallel_size: int = Field(default=1, ge=1)
     virtual_pipeline_model_parallel_size: int | None = Field(default=None, ge=2, description="interleaved stages a pipeline rank")
+    num_layers_in_first_pipeline_stage: int | None = Field(default=None, ge=1, description="uneven stages: the others share the rest evenly")
+    num_layers_in_last_pipeline_stage: int | None = Field(default=None, ge=1)
+    pipeline_model_parallel_layout: str | None = Field(
+        default=None, min_length=2, description="stage by stage, e.g. Ettt|(tt|)*29tL: E embedding, t layer, m MTP layer, L output"
+    )
     context_parallel_size: int = Field(default=1, ge=1)
     expert_model_parallel_size: int = Field(default=1, ge=1)
     expert_tensor_parallel_size: int | None = Field(default=None, ge=1, description="default: 1, experts are not cut by tensor parallelism")
@@ -124,6 +129,16 @@ class TrainConfig(Section):
     stop_at_step: int | None = Field(default=None, ge=1, description="stop after this step though the schedule is longer; resume continues")
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="dtype of parameters and activations; masters and gradients stay FP32")
     seed: int = 1234
+    recompute_granularity: Literal["full", "selective"] | None = Field(
+        default=None, description="activations computed again in backward instead of kept: whole layers, or recompute_modules"
+    )
+    recompute_method: Literal["uniform", "block"] | None = Field(
+        default=None, description="full: all layers in groups of recompute_num_layers, or the first recompute_num_layers of a stage one by one"
+    )
+    recompute_num_layers: int | None = Field(default=None, ge=1)
+    recompute_modules: list[Literal["core_attn", "layernorm", "mlp", "moe", "shared_experts", "mla_up_proj", "moe_act"]] | None = Field(
+        default=None, description="selective: these parts of every layer; default: core_attn"
+    )
     eval_interval: int | None = Field(default=None, ge=1, description="steps between evaluations; null: only at the end")
     eval_rows: int | None = Field(default=None, ge=1, description="rows of validation used; null: all")
     early_stop_patience: int | None = Field(default=None, ge=1, description="evaluations without improvement after which the run stops")

@@ -15,7 +15,7 @@ from torch import Tensor
 from megalign.batch import Batch
 from megalign.config.schema import Recipe
 from megalign.losses import TokenLoss
-from megalign.models.build import build_chunks
+from megalign.models.build import build_chunks, run_options
 from megalign.models.forward import scored_logprobs
 from megalign.models.freeze import freeze
 from megalign.models.pretrained import load_pretrained
@@ -65,7 +65,9 @@ class Engine:
         model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
         bf16 = recipe.train.precision == "bf16"
         parallel = recipe.parallel
-        models = build_chunks(recipe.model, grid, vocab_size, sequence_parallel=parallel.sequence_parallel, bf16=bf16)
+        models = build_chunks(
+            recipe.model, grid, vocab_size, sequence_parallel=parallel.sequence_parallel, bf16=bf16, options=run_options(recipe)
+        )
         if recipe.model.init_from:
             load_pretrained(models, recipe.model, grid, vocab_size)
         else:
