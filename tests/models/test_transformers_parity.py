@@ -33,7 +33,24 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("Qwen3MoeConfig", SHAPE | EXPERTS | {"head_dim": 16, "moe_intermediate_size": 32}),
     "qwen3_moe_normalised": ("Qwen3MoeConfig", SHAPE | EXPERTS | {"head_dim": 16, "moe_intermediate_size": 32, "norm_topk_prob": True}),
     "mixtral": ("MixtralConfig", SHAPE | EXPERTS),
-}
+    "qwen2": ("Qwen2Config", SHAPE | {"rope_theta": 1e6}),
+    # Frequencies of a context of 8 that is stretched: within these documents each kind of scaling acts.
+    "llama3.1": (
+        "LlamaConfig",
+        SHAPE
+        | {"rope_parameters": {"rope_type": "llama3", "rope_theta": 50.0, "factor": 4.0, "original_max_position_embeddings": 16}
+           | {"low_freq_factor": 1.0, "high_freq_factor": 4.0}},
+    ),
+    "qwen2_yarn": (
+        "Qwen2Config",
+        SHAPE | {"rope_parameters": {"rope_type": "yarn", "rope_theta": 50.0, "factor": 4.0, "original_max_position_embeddings": 16}},
+    ),
+    "gpt2": (
+        "GPT2Config",
+        {"vocab_size": VOCAB, "n_embd": 48, "n_layer": 4, "n_head": 4, "n_positions": 64, "n_inner": 80, "initializer_range": 0.1}
+        | {"eos_token_id": None, "bos_token_id": None},
+    ),
+}  # fmt: skip
 DOCUMENTS = (13, 5, 9)
 
 

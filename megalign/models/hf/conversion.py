@@ -17,9 +17,9 @@ class Conversion:
         self.dims = dims
         self.entries: dict[str, tuple[Row, list[str]]] = {}
         for row in rows:
-            if dims.tied and row.megatron == OUTPUT:
+            if dims.tied and row.megatron == OUTPUT or any(0 in shape for shape in row.part_shapes(dims)):
                 continue
-            for layer in range(dims.num_layers if "{layer}" in row.megatron else 1):
+            for layer in dims.layers(row.layers) if "{layer}" in row.megatron else (0,):
                 for expert in range(dims.num_experts if "{expert}" in row.megatron else 1):
                     names = [name.format(layer=layer, expert=expert) for name in row.hf]
                     self.entries[row.megatron.format(layer=layer, expert=expert)] = (row, names)
@@ -43,8 +43,8 @@ class Conversion:
             )
 
     def _is_derived(self, name: str, weights: Mapping[str, Tensor]) -> bool:
-        """Rotary frequencies that old Llama files hold, and a tied head saved a second time."""
-        if name.endswith(".rotary_emb.inv_freq"):
+        """Rotary frequencies and causal masks that old files hold, and a tied head saved a second time."""
+        if name.endswith((".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")):
             return True
         if name != "lm_head.weight" or not self.dims.tied:
             return False
