@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
@@ -13,8 +14,9 @@ from megalign.models.hf.table import EMBEDDING, OUTPUT, ConversionError, Dimensi
 class Conversion:
     """Every Megatron name of a model with the row it came from and its Hugging Face names."""
 
-    def __init__(self, rows: Iterable[Row], dims: Dimensions) -> None:
-        self.dims = dims
+    def __init__(self, rows: Iterable[Row], dims: Dimensions, drops_mtp: bool = False) -> None:
+        """drops_mtp: weights behind the last layer are prediction modules, which are not loaded (nor by transformers)."""
+        self.dims, self.drops_mtp = dims, drops_mtp
         self.entries: dict[str, tuple[Row, list[str]]] = {}
         for row in rows:
             if dims.tied and row.megatron == OUTPUT or any(0 in shape for shape in row.part_shapes(dims)):
@@ -43,7 +45,10 @@ class Conversion:
             )
 
     def _is_derived(self, name: str, weights: Mapping[str, Tensor]) -> bool:
-        """Rotary frequencies and causal masks that old files hold, and a tied head saved a second time."""
+        """Rotary frequencies and causal masks that old files hold, prediction modules, a tied head saved a second time."""
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        if self.drops_mtp and layer and int(layer[1]) >= self.dims.num_layers:
+            return True
         if name.endswith((".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")):
             return True
         if name != "lm_head.weight" or not self.dims.tied:

@@ -70,9 +70,10 @@ class Family:
     moe: bool = False
     fused: Mapping[str, tuple[str, str]] | None = None  # see fused.py
     prefix: str = ""
+    drops_mtp: bool = False  # see Conversion
 
     def conversion(self, dims: Dimensions) -> Conversion:
-        return Conversion(self.rows, dims)
+        return Conversion(self.rows, dims, self.drops_mtp)
 
     def model_config_from_hf(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """`ModelConfig` fields of a config.json.
@@ -82,8 +83,8 @@ class Family:
         """
         self._refuse_unsupported(config)
         fields = {field: self._read(config, key) for key, field in self.fields.items()}
-        fields |= TRAITS | dict(self.traits) | self.rope_fields(config)
-        fields |= {"moe_shared_expert_intermediate_size": None, "moe_layer_freq": 1} | dict.fromkeys(_ROUTING)
+        absent = {"moe_shared_expert_intermediate_size": None, "moe_layer_freq": 1, **dict.fromkeys(_ROUTING)}
+        fields = absent | fields | TRAITS | dict(self.traits) | self.rope_fields(config)
         if self.moe:
             fields = {"ffn_hidden_size": fields["moe_ffn_hidden_size"], "moe_norm_topk_prob": True} | fields
         else:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from megalign.config.schema import ModelConfig
+from megalign.models.hf.deepseek_v2 import DEEPSEEK_V2
+from megalign.models.hf.deepseek_v3 import DEEPSEEK_V3
 from megalign.models.hf.family import Family
 from megalign.models.hf.gpt2 import GPT2
 from megalign.models.hf.llama import LLAMA
@@ -15,7 +17,7 @@ from megalign.models.hf.qwen3 import QWEN3
 from megalign.models.hf.qwen3_moe import QWEN3_MOE
 from megalign.models.hf.table import ConversionError
 
-FAMILIES = {family.model_type: family for family in (LLAMA, QWEN2, QWEN3, QWEN3_MOE, MIXTRAL, GPT2)}
+FAMILIES = {family.model_type: family for family in (LLAMA, QWEN2, QWEN3, QWEN3_MOE, MIXTRAL, GPT2, DEEPSEEK_V2, DEEPSEEK_V3)}
 
 
 def family_of_config(config: Mapping[str, Any]) -> Family:
