@@ -212,8 +212,10 @@ def open_logger(run: RunFolder, steps: int, resume_from: Path | None) -> NullLog
 def prompts_of(dataset: Dataset, count: int | None) -> list[Conversation]:
     """The first conversations of a data set, each up to its last assistant turn, the reference; plain text has none."""
     rows = []
-    for row in dataset.kept:
-        if isinstance(row, Conversation) and (count is None or len(rows) < count):
+    for row in dataset.kept:  # read from the files: no further than needed
+        if count is not None and len(rows) == count:
+            break
+        if isinstance(row, Conversation):
             last = max(i for i, message in enumerate(row.messages) if message.role == "assistant")
             rows.append(replace(row, messages=row.messages[: last + 1]))
     return rows
