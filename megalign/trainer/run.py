@@ -22,12 +22,14 @@ from megalign.config.load import dump_recipe
 from megalign.config.rules import check_vocabulary
 from megalign.config.schema import Recipe
 from megalign.data.dataset import Dataset, build_datasets, make_tokenizer
+from megalign.data.deal import describe_distribution, distribution
 from megalign.data.rows import BadRow, Conversation
 from megalign.data.splits import listing, read_splits
 from megalign.data.templates import template_hash
 from megalign.parallel.checkpoint import list_checkpoints, read_meta
 from megalign.parallel.grid import Grid, create_grid
 from megalign.parallel.init import World
+from megalign.trainer.loop import pads_microbatches
 from megalign.trainer.metrics import MetricsLogger, NullLogger
 
 
@@ -80,8 +82,14 @@ class RunFolder:
         if not self.grid.is_logger:
             return
         (self.path / "recipe.yaml").write_text(dump_recipe(self.recipe))
-        self.write("data.json", {"train": train.statistics, "validation": validation.statistics})
+        self.write("data.json", {"train": {**train.statistics, **self.dealing(train)}, "validation": validation.statistics})
         self.write("environment.json", environment(self.grid, self.recipe.train.seed, command))
+
+    def dealing(self, train: Dataset) -> dict[str, Any]:
+        """What padding and waiting cost, and the sources of a mixture, for data.json."""
+        mixture = {part.name: {"weight": part.weight, "packs": part.stop - part.start} for part in train.parts}
+        found = distribution(train, self.recipe, self.grid.data.size, padded=pads_microbatches(self.grid))
+        return {"distribution": found, **({"mixture": mixture} if mixture else {})}
 
     def write(self, name: str, content: dict[str, Any]) -> None:
         """A JSON file, replaced in one step (logging rank only)."""
@@ -179,6 +187,7 @@ def announce(run: RunFolder, world: World, train: Dataset, log: NullLogger) -> N
     recipe, counts = run.recipe, train.statistics
     step = 0
     log.event(step, "batch", effective_batch(recipe, layout_of(recipe, world.size)))
+    log.event(step, "data", describe_distribution(run.dealing(train)["distribution"]))
     for line in warnings(recipe, world.size):
         log.event(step, "warning", line)
     left_out = counts["bad"] + counts["truncated_away"]
