@@ -110,6 +110,22 @@ class TokenizerConfig(Section):
     vocab_size: int = Field(default=4096, ge=260, description="size of the tokenizer that is trained, special tokens included")
 
 
+class MixtureSource(Section):
+    """One part of a mixture."""
+
+    name: str = Field(min_length=1)
+    path: str | list[str] = Field(description="file or files; `grammar` is the built-in toy dialogue set")
+    weight: float = Field(ge=0, allow_inf_nan=False, description="share of the tokens trained on, relative to the other weights")
+    kind: Literal["human", "reviewed", "synthetic", "replay"] | None = Field(default=None, description="where it comes from: shares outside the usual ranges are warned about")
+
+
+class CurriculumStage(Section):
+    """Weights of a mixture from a step on."""
+
+    from_step: int = Field(ge=0)
+    weights: dict[str, float] = Field(description="name of each source: its weight")
+
+
 class DataConfig(Section):
     """What is read, how it is rendered, and which tokens are scored."""
 
@@ -127,6 +143,14 @@ class DataConfig(Section):
     shuffle: bool = True
     remainder: Literal["drop", "pad"] = Field(default="pad", description="last global batch of an epoch: pad with rows that score nothing, or drop")
     max_rows: int | None = Field(default=None, ge=1)
+    balance: bool | None = Field(default=None, description="microbatches and data-parallel ranks with equally many tokens; null: where rows are not packed")
+    order_by_length: bool = Field(default=False, description="curriculum: the first epoch goes from short rows to long ones")
+    mixture: list[MixtureSource] | None = Field(default=None, description="several sources by weight, in the place of `train`")
+    curriculum: list[CurriculumStage] | None = Field(default=None, description="other weights of the mixture from given steps on")
+    streaming: bool = Field(default=False, description="tokenise while training, a window of rows at a time; needs train.max_steps")
+    shuffle_window: int = Field(default=16384, ge=1, description="streaming: rows that are shuffled and packed among each other")
+    cache_dir: str | None = Field(default=None, description="folder of tokenised rows, shared by all ranks and runs; default: .cache beside `output`")
+    cache_timeout: float = Field(default=7200.0, gt=0, description="seconds to wait for another process that tokenises")
 
 
 class OptimizerConfig(Section):

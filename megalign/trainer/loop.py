@@ -15,6 +15,8 @@ from megalign.batch import Batch, collate, filled_tokens
 from megalign.config.layout import scaled_lr, total_steps
 from megalign.config.schema import Recipe, TrainConfig
 from megalign.data.dataset import Dataset
+from megalign.data.deal import sampler_of
+from megalign.data.mixture import MixtureSampler
 from megalign.data.sampler import Sampler
 from megalign.parallel.grid import Grid
 from megalign.parallel.preempt import Preempted, StopSignals
@@ -50,22 +52,19 @@ class Progress:
         return count
 
 
+def pads_microbatches(grid: Grid) -> bool:
+    """Whether microbatches are filled up to one length, because other ranks compute on the same one."""
+    return not grid.model.size == grid.context.size == grid.expert.size == 1
+
+
 class Batches:
     """A data set dealt to this rank, as packed microbatches."""
 
-    def __init__(self, dataset: Dataset, recipe: Recipe, grid: Grid, *, shuffle: bool, rows: int | None = None):
+    def __init__(self, dataset: Dataset, recipe: Recipe, grid: Grid, *, evaluation: bool = False, rows: int | None = None):
         self.dataset, self.recipe, self.grid = dataset, recipe, grid
         self.multiple = 2 * grid.context.size if grid.context.size > 1 else 1
-        data, train = recipe.data, recipe.train
-        self.sampler = Sampler(
-            len(dataset) if rows is None else min(rows, len(dataset)),
-            global_batch_size=train.global_batch_size,
-            micro_batch_size=train.micro_batch_size,
-            data_parallel_rank=grid.data.rank,
-            data_parallel_size=grid.data.size,
-            seed=train.seed,
-            shuffle=shuffle,
-            remainder=data.remainder if shuffle else "pad",
+        self.sampler = sampler_of(
+            dataset, recipe, data_parallel_rank=grid.data.rank, data_parallel_size=grid.data.size, evaluation=evaluation, rows=rows
         )
 
     def next_step(self) -> tuple[list[Batch], int]:
@@ -80,14 +79,14 @@ class Batches:
     def _collate(self, packs: Sequence[Any]) -> Batch:
         length = self.recipe.data.sequence_length
         pad_to = None
-        if self.grid.model.size == self.grid.context.size == self.grid.expert.size == 1:
+        if not pads_microbatches(self.grid):
             # Alone, a rank need not agree with neighbours on a length: no padding at the end.
             pad_to = max(1, filled_tokens(packs))
         return collate(packs, sequence_length=length, pad_id=self.dataset.tokenizer.eod, document_multiple=self.multiple, pad_to=pad_to)
 
     def one_pass(self) -> Iterator[list[Batch]]:
         """Every row once, in order (for evaluation)."""
-        self.sampler.load_state_dict({**self.sampler.state_dict(), "epoch": 0, "offset": 0})
+        self.sampler.restart()
         for _ in range(self.sampler.steps_per_epoch):
             yield self.next_step()[0]
 
@@ -117,8 +116,8 @@ def fit(
     """
     recipe, grid = engine.recipe, engine.grid
     config = recipe.train
-    batches = Batches(train, recipe, grid, shuffle=recipe.data.shuffle)
-    held_out = Batches(validation, recipe, grid, shuffle=False, rows=config.eval_rows) if len(validation) else None
+    batches = Batches(train, recipe, grid)
+    held_out = Batches(validation, recipe, grid, evaluation=True, rows=config.eval_rows) if len(validation) else None
     steps = total_steps(recipe, len(train)) or 1
     progress = Progress()
     clip_alarm = ClipAlarm(recipe.optimizer.clip_grad)
@@ -234,6 +233,8 @@ def fit(
     checkpoints.wait()
     instruments.close(progress.step)
     engine.phases.watched = False
+    if isinstance(batches.sampler, MixtureSampler):
+        log.event(progress.step, "mixture", batches.sampler.describe())
     if _no_improvement(progress, config):
         log.event(progress.step, "stop", f"eval_loss has not improved by more than {config.early_stop_min_delta:g} in {config.early_stop_patience} evaluations")
     elif progress.step == end < steps:
