@@ -69,7 +69,7 @@ def _read(
             split.formats[source] = "messages"
             split.rows += draw(GRAMMAR_ROWS if left is None else left, seed)
             continue
-        if not Path(source).is_file():
+        if not Path(source).exists():
             raise DataError(
                 f"data file {source!r} does not exist (from {Path.cwd()}); correct data.train or .validation"
             )
