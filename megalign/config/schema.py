@@ -11,6 +11,11 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+Format = Literal[
+    "auto", "messages", "sharegpt", "instruction", "prompt_completion", "xlam", "text", "preference", "hh", "comparison", "ranked",
+    "ultrafeedback", "helpsteer", "unpaired", "gsm8k", "problem", "human_eval", "prompts", "judge_prompts",
+]  # fmt: skip  (megalign.data.formats has the table)
+
 
 class Section(BaseModel):
     """A part of the recipe: unknown keys are errors, values are validated on assignment too."""
@@ -132,7 +137,7 @@ class DataConfig(Section):
     train: str | list[str] = Field(default="grammar", description="file or files; `grammar` is the built-in toy dialogue set")
     validation: str | list[str] | None = Field(default=None, description="file or files; null: the last `validation_rows` of train")
     validation_rows: int = Field(default=100, ge=0)
-    format: Literal["auto", "messages", "instruction", "text"] = "auto"
+    format: Format = Field(default="auto", description="of every file of train and validation; auto: told by its first row")
     template: Literal["chatml"] = "chatml"
     tokenizer: TokenizerConfig = TokenizerConfig()
     sequence_length: int = Field(default=256, ge=8, description="tokens of one (packed) row")

@@ -39,7 +39,7 @@ def open_source(name: str, data: DataConfig, limit: int | None, seed: int, *, he
     """The source called `name` in a recipe, at most `limit` rows of it. DataError where there is none."""
     if name == GRAMMAR:
         return _grammar(GRAMMAR_ROWS if limit is None else limit, seed, held_out)
-    if not Path(name).is_file():
+    if not Path(name).exists():
         raise DataError(
             f"data file {name!r} does not exist (from {Path.cwd()}); correct data.train or .validation"
         )
@@ -59,8 +59,11 @@ def _grammar(count: int, seed: int, held_out: bool) -> Source:
 
 
 def _file_digest(path: Path, folder: Path) -> str:
-    """SHA-256 of a file. That of a large one is taken once and remembered under its size and times: no write leaves
+    """SHA-256 of a file, or of a folder of files. That of a large one is taken once and remembered under its size and times: no write leaves
     the time of the last change (ctime) as it was, and nobody can set it."""
+    if path.is_dir():  # of `datasets`: its files, each under its name
+        parts = (f"{file.relative_to(path)} {_file_digest(file, folder)}" for file in sorted(path.rglob("*")) if file.is_file())
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
     stat = path.stat()
     if stat.st_size < LARGE or time.time() - stat.st_ctime < SETTLED:
         return _hash_file(path)
