@@ -80,10 +80,11 @@ def test_any_override_is_a_recipe_or_an_error(key: str, value: str):
 
 def values_of(field: FieldInfo) -> st.SearchStrategy[Any]:
     """Values that the schema allows for a field; sizes small, so that layouts often fit."""
-    least = max([limit.ge for limit in field.metadata if isinstance(limit, annotated_types.Ge)] + [0])
-    above = [limit.gt for limit in field.metadata if isinstance(limit, annotated_types.Gt)]
-    below = [limit.lt for limit in field.metadata if isinstance(limit, annotated_types.Lt)]
-    most = [limit.le for limit in field.metadata if isinstance(limit, annotated_types.Le)]
+    bounds: list[Any] = [limit.ge for limit in field.metadata if isinstance(limit, annotated_types.Ge)]
+    least = max([*bounds, 0])
+    above: list[Any] = [limit.gt for limit in field.metadata if isinstance(limit, annotated_types.Gt)]
+    below: list[Any] = [limit.lt for limit in field.metadata if isinstance(limit, annotated_types.Lt)]
+    most: list[Any] = [limit.le for limit in field.metadata if isinstance(limit, annotated_types.Le)]
 
     def of(kind: Any) -> st.SearchStrategy[Any]:
         if typing.get_origin(kind) in (typing.Union, types.UnionType):
@@ -92,6 +93,8 @@ def values_of(field: FieldInfo) -> st.SearchStrategy[Any]:
             return st.sampled_from(typing.get_args(kind))
         if typing.get_origin(kind) is list:
             return st.lists(of(typing.get_args(kind)[0]), max_size=2)
+        if typing.get_origin(kind) is dict:
+            return st.dictionaries(*(of(member) for member in typing.get_args(kind)), max_size=2)
         if typing.get_origin(kind) is tuple:
             return st.tuples(*(of(member) for member in typing.get_args(kind)))
         if isinstance(kind, type) and issubclass(kind, Section):

@@ -1,5 +1,7 @@
 """Learning-rate schedules against the numbers of the requirements and against transformers."""
 
+from typing import Any
+
 import pytest
 import torch
 import transformers
@@ -50,7 +52,7 @@ def test_warmup_stable_decay_equals_transformers(style, theirs):
 def test_warmup_stable_decay_equals_megatron():
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    optimizer: Any = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
     for style in ("exponential", "minus_sqrt", "linear", "cosine"):
         oracle = OptimizerParamScheduler(
             optimizer, init_lr=0.0, max_lr=2.0, min_lr=0.2, lr_warmup_steps=6, lr_decay_steps=50, lr_decay_style="WSD", start_wd=0, end_wd=0,
