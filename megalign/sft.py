@@ -22,10 +22,11 @@ from megalign.data.dataset import Dataset
 from megalign.losses import TokenLoss, cross_entropy_loss
 from megalign.models.resolve import resolve_model
 from megalign.parallel.init import World
+from megalign.parallel.preempt import Preempted, StopSignals
 from megalign.report.build import build_report
 from megalign.trainer.checkpoints import Checkpoints
 from megalign.trainer.engine import Engine
-from megalign.trainer.finish import finish
+from megalign.trainer.finish import finish, generation_metrics
 from megalign.trainer.hang import hang_watch
 from megalign.trainer.loop import fit
 from megalign.trainer.mfu import flops_per_token, world_peak_flops
@@ -44,7 +45,8 @@ from megalign.trainer.run import (
 def sft(recipe: Recipe, world: World) -> None:
     """Fine-tune as the recipe says, on every rank of the world (collective).
 
-    Raises ConfigError, DataError, RunError, CheckpointError or TrainingStopped, each with what to do.
+    Raises ConfigError, DataError, RunError, CheckpointError or TrainingStopped, each with what to do, and Preempted
+    after SIGTERM or SIGUSR1, with the last step saved.
     """
     started = time.monotonic()
     recipe = resolve_model(recipe)
@@ -63,6 +65,8 @@ def sft(recipe: Recipe, world: World) -> None:
     run.describe(train, validation, sys.argv)
     try:
         _train(engine, run, train, validation, this, resume_from, started, world)
+    except Preempted:
+        raise  # whoever sent the signal will not wait for a report
     except BaseException:
         with contextlib.suppress(Exception):  # the first error is the one to hear of
             _report(run)
@@ -93,6 +97,7 @@ def _train(
         with (
             Instruments(engine, run.path / "logs", log) as instruments,
             Checkpoints(engine, run.checkpoints, log, lambda folder: train.tokenizer.save(folder / "tokenizer")) as checkpoints,
+            StopSignals() as stop,
         ):
             progress = fit(
                 engine,
@@ -106,6 +111,8 @@ def _train(
                 resume_from=resume_from,
                 flops_per_token=flops_per_token(recipe.model, counts, train.statistics),
                 peak_flops=world_peak_flops(world, recipe.train.precision),
+                generate=(lambda step: generation_metrics(engine, run, validation)) if recipe.train.eval_prompts else None,
+                stop=stop,
             )
         finish(engine, run, train, validation, progress, counts, log, seconds=time.monotonic() - started)
 

@@ -31,7 +31,7 @@ import torch.distributed as dist
 from megalign.parallel.grid import Grid
 from megalign.parallel.optimizer import create_states
 
-FORMAT = "megalign-checkpoint-1"
+FORMAT = "megalign-checkpoint-2"
 _NAME = re.compile(r"iter_(\d{7,})")
 
 
@@ -182,6 +182,8 @@ def load(checkpoint: Path, chunks: Sequence[Any], optimizer: Any | None, grid: G
 
 def sharded_state(chunks: Sequence[Any], optimizer: Any | None, grid: Grid, *, loading: bool) -> dict[str, Any]:
     metadata = {
+        # Every layer under its own name: layers may differ (frozen ones, leading dense ones), and upstream is giving up stacking.
+        "non_homogeneous_layers": True,
         "dp_cp_group": grid.data_context.group,
         "distrib_optim_sharding_type": "fully_reshardable",
         "distrib_optim_fully_reshardable_mem_efficient": False,

@@ -15,8 +15,9 @@ from torch import Tensor
 from megalign.batch import Batch
 from megalign.config.schema import Recipe
 from megalign.losses import TokenLoss
-from megalign.models.build import build_chunks
+from megalign.models.build import build_chunks, run_options
 from megalign.models.forward import scored_logprobs
+from megalign.models.freeze import freeze
 from megalign.models.pretrained import load_pretrained
 from megalign.models.weights import initialise
 from megalign.parallel import checkpoint
@@ -64,11 +65,15 @@ class Engine:
         model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
         bf16 = recipe.train.precision == "bf16"
         parallel = recipe.parallel
-        models = build_chunks(recipe.model, grid, vocab_size, sequence_parallel=parallel.sequence_parallel, bf16=bf16)
+        models = build_chunks(
+            recipe.model, grid, vocab_size, sequence_parallel=parallel.sequence_parallel, bf16=bf16, options=run_options(recipe)
+        )
         if recipe.model.init_from:
             load_pretrained(models, recipe.model, grid, vocab_size)
         else:
             initialise(models, recipe.model, grid, seed)
+        if train:
+            freeze(models, grid, recipe.train.freeze)
         self.config: Any = models[0].config
         self.phases = Phases(synchronize=recipe.logging.timers, nvtx=recipe.logging.nvtx and torch.cuda.is_available())
         self.config.timers = MegatronTimers(self.phases)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +23,7 @@ class Tracker(Protocol):
 
     run_id: str
 
-    def log(self, values: dict[str, float], step: int) -> None: ...
+    def log(self, values: dict[str, int | float], step: int) -> None: ...
 
     def close(self, failed: bool) -> None: ...
 
@@ -38,7 +38,7 @@ class WandbTracker:
         # Steps repeated after a resume would be refused as W&B's own step; as a value they overwrite.
         self.run.define_metric("*", step_metric="step")
 
-    def log(self, values: dict[str, float], step: int) -> None:
+    def log(self, values: dict[str, int | float], step: int) -> None:
         self.run.log({**values, "step": step})
 
     def close(self, failed: bool) -> None:
@@ -55,7 +55,7 @@ class MlflowTracker:
         if resume is None:
             self.mlflow.log_params({key: str(value)[:500] for key, value in _flat(recipe)})
 
-    def log(self, values: dict[str, float], step: int) -> None:
+    def log(self, values: dict[str, int | float], step: int) -> None:
         self.mlflow.log_metrics(values, step=step)
 
     def close(self, failed: bool) -> None:
@@ -65,7 +65,7 @@ class MlflowTracker:
 TRACKERS: dict[str, Callable[[str, dict[str, Any], Path, str | None], Tracker]] = {"wandb": WandbTracker, "mlflow": MlflowTracker}
 
 
-def open_trackers(names: list[str], name: str, recipe: dict[str, Any], folder: Path, *, resume: bool) -> dict[str, Tracker]:
+def open_trackers(names: Sequence[str], name: str, recipe: dict[str, Any], folder: Path, *, resume: bool) -> dict[str, Tracker]:
     """Trackers by name. folder: the run's `logs`. Raises TrackerError for one that is absent or does not start."""
     file = folder / "trackers.json"
     known = json.loads(file.read_text()) if resume and file.exists() else {}

@@ -80,12 +80,11 @@ def test_any_override_is_a_recipe_or_an_error(key: str, value: str):
 
 def values_of(field: FieldInfo) -> st.SearchStrategy[Any]:
     """Values that the schema allows for a field; sizes small, so that layouts often fit."""
-
-    def limits(kind: type, name: str) -> list[Any]:
-        return [getattr(limit, name) for limit in field.metadata if isinstance(limit, kind)]
-
-    least = max([*limits(annotated_types.Ge, "ge"), 0])
-    above, below, most = limits(annotated_types.Gt, "gt"), limits(annotated_types.Lt, "lt"), limits(annotated_types.Le, "le")
+    bounds: list[Any] = [limit.ge for limit in field.metadata if isinstance(limit, annotated_types.Ge)]
+    least = max([*bounds, 0])
+    above: list[Any] = [limit.gt for limit in field.metadata if isinstance(limit, annotated_types.Gt)]
+    below: list[Any] = [limit.lt for limit in field.metadata if isinstance(limit, annotated_types.Lt)]
+    most: list[Any] = [limit.le for limit in field.metadata if isinstance(limit, annotated_types.Le)]
 
     def of(kind: Any) -> st.SearchStrategy[Any]:
         if typing.get_origin(kind) in (typing.Union, types.UnionType):
@@ -94,6 +93,8 @@ def values_of(field: FieldInfo) -> st.SearchStrategy[Any]:
             return st.sampled_from(typing.get_args(kind))
         if typing.get_origin(kind) is list:
             return st.lists(of(typing.get_args(kind)[0]), max_size=2)
+        if typing.get_origin(kind) is dict:
+            return st.dictionaries(*(of(member) for member in typing.get_args(kind)), max_size=2)
         if typing.get_origin(kind) is tuple:
             return st.tuples(*(of(member) for member in typing.get_args(kind)))
         if isinstance(kind, type) and issubclass(kind, Section):
@@ -103,7 +104,7 @@ def values_of(field: FieldInfo) -> st.SearchStrategy[Any]:
             bool: st.booleans(),
             int: numbers if least <= 300 else st.just(least),
             float: st.floats(
-                max([*above, float(least)]), min([*below, *most, 16.0]), exclude_min=bool(above), exclude_max=bool(below), allow_subnormal=False
+                max(above + [float(least)]), min([*below, *most, 16.0]), exclude_min=bool(above), exclude_max=bool(below), allow_subnormal=False
             ),
             str: st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Zl", "Zp"]), min_size=1, max_size=6),
             type(None): st.none(),

@@ -60,7 +60,11 @@ def gradients(model: dict[str, Any], layout: dict[str, Any], options: dict[str, 
     from megalign.parallel.grid import destroy_grid
 
     distributed = options.get("use_distributed_optimizer", False)
-    run = Run(model, layout, distributed=distributed, document_multiple=options.get("document_multiple", 1))
+    run = Run(model, layout, distributed=distributed, document_multiple=options.get("document_multiple", 1), options=options.get("megatron"))
+    if "frozen" in options:
+        for name, parameter in run.chunks[0].named_parameters():
+            parameter.requires_grad_(options["frozen"] not in name)
+    torch.manual_seed(options.get("seed", 0))  # what dropout draws
     losses, grads, norm = [], {}, 0.0
     for _ in range(options.get("steps", 1)):
         losses.append(run.backward())
@@ -79,7 +83,7 @@ def _main_grad(parameter: Any) -> torch.Tensor:
 class Run:
     """A small model with its optimizer on a layout, and four microbatches shared out over its data ranks."""
 
-    def __init__(self, model: dict[str, Any], layout: dict[str, Any], *, distributed: bool, document_multiple: int = 1):
+    def __init__(self, model: dict[str, Any], layout: dict[str, Any], *, distributed: bool, document_multiple: int = 1, options: dict[str, Any] | None = None):
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
         from megalign.models.build import build_chunks
@@ -91,7 +95,7 @@ class Run:
         self.grid = create_grid(**sizes)
         model_parallel_cuda_manual_seed(1, force_reset_rng=True)
         config = ModelConfig(**model)
-        models = build_chunks(config, self.grid, VOCAB, sequence_parallel=layout.get("sequence_parallel", False))
+        models = build_chunks(config, self.grid, VOCAB, sequence_parallel=layout.get("sequence_parallel", False), options=options)
         initialise(models, config, self.grid, seed=3)
         self.chunks = wrap_data_parallel(models, models[0].config, use_distributed_optimizer=distributed)
         self.optimizer = create_optimizer(
@@ -154,3 +158,14 @@ def gradients_without_norm_reduction(model: dict[str, Any], layout: dict[str, An
 
     layers.RMSNorm.__init__ = forgetful  # this process is a fork of its own
     return gradients(model, layout, options)
+
+
+def sweep(cases: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]) -> list[dict[str, Any]]:
+    """`gradients` of several (model, layout, options), one after the other in one launch."""
+    from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+
+    found = []
+    for case in cases:
+        get_moe_layer_wise_logging_tracker().clear()  # it is as long as the last model had layers
+        found.append(gradients(*case))
+    return found
