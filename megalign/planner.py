@@ -180,7 +180,8 @@ def _count_line(facts: dict[str, Any]) -> Text:
 
 def _memory_table(facts: dict[str, Any], algorithm: Algorithm) -> RenderableType:
     stages = facts["memory_per_rank"]
-    shown = [stages[0], stages[-1]] if len(stages) > 4 else stages
+    fullest = max(stages[1:-1] or stages, key=lambda stage: stage["total"])
+    shown = [stages[0], fullest, stages[-1]] if len(stages) > 4 else stages
     title = f"memory of one rank, {algorithm}: {', '.join(facts['models'])}"
     table = plain_table("", "part", *(f"stage {stage['stage']}" for stage in shown))
     for part in (name for name in stages[0] if name != "stage"):
