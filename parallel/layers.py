@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -17,10 +18,15 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
 
 from megalign.parallel.attention import SdpaCoreAttention
 
@@ -40,6 +46,23 @@ class RMSNorm(torch.nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
+class LayerNorm(torch.nn.LayerNorm):
+    """(x - mean) / std * weight + bias (Ba et al. 2016, arXiv:1607.06450), usable under sequence parallelism like `RMSNorm`."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any):
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        for parameter in (self.weight, self.bias):
+            parameter.sequence_parallel = config.sequence_parallel  # pyright: ignore[reportAttributeAccessIssue]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+def norm_of(config: TransformerConfig) -> type[RMSNorm] | type[LayerNorm]:
+    """The class that `config.normalization` names."""
+    return {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}[config.normalization]
+
+
 def block_spec(config: TransformerConfig, implementation: str, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage and the norm that ends the block."""
     if implementation == "transformer_engine":
@@ -50,18 +73,45 @@ def block_spec(config: TransformerConfig, implementation: str, vp_stage: int | N
         )
         from megatron.core.extensions.transformer_engine import TENorm
 
+        layers = [layer] * config.num_layers
         norm: Any = TENorm
     else:
-        layer, norm = local_layer_spec(config), RMSNorm
+        dense, experts = (local_layer_spec(config, experts=experts) for experts in (False, True))
+        layers = [experts if is_moe else dense for is_moe in _pattern(config)]
+        norm = norm_of(config)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm)
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=layers[first : first + count], layer_norm=norm)
 
 
-def local_layer_spec(config: TransformerConfig) -> ModuleSpec:
+def _pattern(config: TransformerConfig) -> list[bool]:
+    """For each layer of the model, whether it is a mixture of experts."""
+    if config.num_moe_experts is None:
+        return [False] * config.num_layers
+    assert isinstance(config.moe_layer_freq, list)
+    return [bool(experts) for experts in config.moe_layer_freq]
+
+
+def local_layer_spec(config: TransformerConfig, *, experts: bool) -> ModuleSpec:
     """norm, attention, add; norm, MLP or experts, add."""
-    qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
-    add: Any = get_bias_dropout_add
-    attention = ModuleSpec(
+    norm, add = norm_of(config), get_bias_dropout_add
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=latent_attention_spec() if config.multi_latent_attention else attention_spec(config),
+            self_attn_bda=add,  # pyright: ignore[reportArgumentType]
+            pre_mlp_layernorm=norm,
+            mlp=mlp_spec(experts=experts),
+            mlp_bda=add,  # pyright: ignore[reportArgumentType]
+        ),
+    )
+
+
+def attention_spec(config: TransformerConfig) -> ModuleSpec:
+    """Multi-head attention, with groups and per-head norms as configured."""
+    qk_norm = norm_of(config) if config.qk_layernorm else IdentityOp
+    return ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
@@ -72,24 +122,36 @@ def local_layer_spec(config: TransformerConfig) -> ModuleSpec:
             k_layernorm=qk_norm,
         ),
     )
+
+def latent_attention_spec() -> ModuleSpec:
+    """Multi-latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1).
+
+    The two down projections are whole on every tensor rank and tagged `sequence_parallel`: each rank works on its
+    part of the sequence, and megatron sums their gradients. Upstream's local spec cuts them by columns; the gradient
+    of the rotary key, of which every head has a part, is then off (its gather has a split as backward).
+    """
     return ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
-            self_attention=attention,
-            self_attn_bda=add,
-            pre_mlp_layernorm=RMSNorm,
-            mlp=mlp_spec(config),
-            mlp_bda=add,
+        module=MLASelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=MLASelfAttentionSubmodules(
+            linear_q_proj=ColumnParallelLinear,
+            linear_q_down_proj=Linear,
+            linear_q_up_proj=ColumnParallelLinear,
+            linear_kv_down_proj=Linear,
+            linear_kv_up_proj=ColumnParallelLinear,
+            core_attention=SdpaCoreAttention,
+            linear_proj=RowParallelLinear,
+            q_layernorm=RMSNorm,
+            kv_layernorm=RMSNorm,
         ),
     )
 
 
-def mlp_spec(config: TransformerConfig) -> ModuleSpec:
-    """A dense SwiGLU, or a router with experts and, if configured, the shared expert."""
+def mlp_spec(*, experts: bool) -> ModuleSpec:
+    """A dense MLP, or a router with experts and, if configured, the shared expert."""
     linear = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    if config.num_moe_experts is None:
+    if not experts:
         return ModuleSpec(module=MLP, submodules=linear)
-    experts = ModuleSpec(module=SequentialMLP, submodules=linear)
+    routed = ModuleSpec(module=SequentialMLP, submodules=linear)
     shared = ModuleSpec(module=SharedExpertMLP, submodules=linear)
-    return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts, shared_experts=shared))
+    return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=routed, shared_experts=shared))

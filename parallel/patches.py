@@ -16,6 +16,7 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.metadata
+import importlib.util
 import logging
 import queue
 import sys
@@ -85,6 +86,7 @@ _MODULES = (
     "pipeline_parallel",
     "tensor_parallel",
     "transformer.moe.moe_layer",
+    "transformer.multi_latent_attention",
 )
 
 
@@ -335,6 +337,50 @@ def _optimizer_shared_step() -> None:
     DistributedOptimizer.load_state_dict = load_state_dict
 
 
+def _latent_attention_te() -> None:
+    from megatron.core.transformer import multi_latent_attention
+
+    multi_latent_attention.HAVE_TE = importlib.util.find_spec("transformer_engine") is not None
+
+
+def _padded_expert_bias() -> None:
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    def apply_expert_bias(self: Any, routing_map: torch.Tensor, padding_mask: torch.Tensor | None = None) -> None:
+        """Count the real tokens of each expert, routing_map [T, E], padding_mask [T]."""
+        if self.enable_expert_bias and torch.is_grad_enabled():
+            with torch.no_grad():
+                real = routing_map if padding_mask is None else routing_map & ~padding_mask.unsqueeze(-1)
+                self.local_tokens_per_expert += real.sum(dim=0)
+
+    TopKRouter._apply_expert_bias = apply_expert_bias
+
+
+def _group_scores() -> None:
+    from megatron.core.transformer.moe import moe_utils, router
+
+    upstream = moe_utils.topk_routing_with_score_function
+    best_experts = 2
+
+    def group_limited_topk(
+        scores: torch.Tensor, topk: int, num_tokens: int, num_experts: int, num_groups: int, group_topk: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The best `topk` of the experts in the best `group_topk` groups, scores [T, E]."""
+        grouped = scores.view(num_tokens, num_groups, -1)
+        of_group = grouped.topk(min(best_experts, grouped.shape[-1]), dim=-1).values.sum(-1)
+        chosen = torch.zeros_like(of_group, dtype=torch.bool).scatter_(1, of_group.topk(group_topk, dim=-1).indices, True)
+        return grouped.masked_fill(~chosen.unsqueeze(-1), float("-inf")).view(num_tokens, num_experts).topk(topk, dim=-1)
+
+    @functools.wraps(upstream)
+    def topk_routing(*args: Any, score_function: str = "softmax", **kwargs: Any) -> Any:
+        nonlocal best_experts
+        best_experts = {"softmax": 1, "sigmoid": 2}[score_function]
+        return upstream(*args, score_function=score_function, **kwargs)
+
+    moe_utils.group_limited_topk = group_limited_topk
+    router.topk_routing_with_score_function = topk_routing
+
+
 def _padded_z_loss() -> None:
     from megatron.core.transformer.moe import moe_utils
     from megatron.core.transformer.moe.router import TopKRouter
@@ -357,6 +403,19 @@ def _padded_z_loss() -> None:
         return moe_utils.MoEAuxLossAutoScaler.apply(logits, part * coefficient)
 
     TopKRouter.apply_z_loss = apply_z_loss
+
+
+def _empty_aux_loss() -> None:
+    from megatron.core.transformer.moe import router
+
+    upstream = router.switch_load_balancing_loss_func
+
+    @functools.wraps(upstream)
+    def balance(probs: torch.Tensor, tokens_per_expert: torch.Tensor, total_num_tokens: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        counted = total_num_tokens.clamp(min=1) if torch.is_tensor(total_num_tokens) else max(1, total_num_tokens)
+        return upstream(probs, tokens_per_expert, counted, *args, **kwargs)
+
+    router.switch_load_balancing_loss_func = balance
 
 
 def _block_padding() -> None:
@@ -461,6 +520,15 @@ PATCHES = (
         cpu_only=False,
     ),
     Patch(
+        "empty-aux-loss",
+        "transformer/moe/moe_utils.py",
+        131,
+        "num_experts * moe_aux_loss_coeff / (topk * total_num_tokens * total_num_tokens)",
+        "0 / 0 for a microbatch of padding alone, as at the end of an epoch: NaN gradients though no loss is NaN",
+        _empty_aux_loss,
+        cpu_only=False,
+    ),
+    Patch(
         "block-padding",
         "transformer/transformer_block.py",
         563,
@@ -476,6 +544,33 @@ PATCHES = (
         "self.fp8 = fp8 is not None",
         "False is not None: recomputed norms ask Transformer Engine for FP8 even where neither is there",
         _recompute_without_te,
+        cpu_only=False,
+    ),
+    Patch(
+        "padded-expert-bias",
+        "transformer/moe/router.py",
+        542,
+        "routing_map = routing_map & (~padding_mask)",
+        "[tokens, experts] & [tokens]: an error, or, with as many tokens as experts, the wrong expert left out",
+        _padded_expert_bias,
+        cpu_only=False,
+    ),
+    Patch(
+        "group-scores",
+        "transformer/moe/moe_utils.py",
+        554,
+        "scores.view(num_tokens, num_groups, -1).topk(topk // group_topk, dim=-1)",
+        "a group counts by its best expert in DeepSeek-V2 and by its best two in V3, whatever the quotient",
+        _group_scores,
+        cpu_only=False,
+    ),
+    Patch(
+        "latent-attention-te",
+        "transformer/multi_latent_attention.py",
+        185,
+        "and isinstance(self.linear_proj, TELinear)",
+        "HAVE_TE is true without Transformer Engine, and TELinear no class",
+        _latent_attention_te,
         cpu_only=False,
     ),
 )

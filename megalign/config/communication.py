@@ -130,8 +130,8 @@ def _gradients(recipe: Recipe, layout: Layout, rows: int, stage: int) -> Iterato
     model, width = recipe.model, width_of(recipe)
     dense, experts = stage_parameters(recipe, layout, rows, stage)
     gathers = 2 if experts and not recipe.parallel.overlap_param_gather else 1
-    shared_by: tuple[tuple[Axis, int, int], ...] = (("data", dense, layout.dp * layout.cp), ("expert_data", experts, layout.expert_dp))
-    for axis, count, ranks in shared_by:
+    owners: tuple[tuple[Axis, int, int], ...] = (("data", dense, layout.dp * layout.cp), ("expert_data", experts, layout.expert_dp))
+    for axis, count, ranks in owners:
         if recipe.parallel.use_distributed_optimizer:
             yield Traffic(axis, "reduce_scatter", "gradients", count * FP32, ranks)
             yield Traffic(axis, "all_gather", "weights", count * width * gathers, ranks)

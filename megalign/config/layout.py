@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megalign.config.schema import Recipe
+from megalign.config.schema import ModelConfig, Recipe
 
 VOCAB_MULTIPLE = 128  # rows of the embedding and output tables: GEMMs want such multiples
 
@@ -73,6 +73,16 @@ def expert_tensor_parallel_size(recipe: Recipe) -> int:
     given = recipe.parallel.expert_tensor_parallel_size
     dense = recipe.model.num_moe_experts is None
     return given or (recipe.parallel.tensor_model_parallel_size if dense else 1)
+
+
+def layers_with_experts(model: ModelConfig) -> list[bool]:
+    """For each layer, whether it is a mixture of experts; a list of the wrong length is refused by `model_rules`."""
+    pattern = model.moe_layer_freq
+    if model.num_moe_experts is None:
+        return [False] * model.num_layers
+    if isinstance(pattern, int):
+        return [layer % max(1, pattern) == 0 for layer in range(model.num_layers)]
+    return [bool(experts) for experts in pattern]
 
 
 def padded_vocab(vocab_size: int, tensor_parallel_size: int) -> int:

@@ -73,6 +73,22 @@ def schedule(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
         rule = f"lr_decay_style {optimizer.lr_decay_style} has no cycles"
         fix = "set optimizer.lr_decay_style to cosine_with_restarts, or this to 1"
         yield Problem("optimizer.lr_num_cycles", rule, fix, optimizer.lr_num_cycles)
+    yield from _warmup_stable_decay(recipe)
+
+
+def _warmup_stable_decay(recipe: Recipe) -> Iterator[Problem]:
+    optimizer, steps, decay = recipe.optimizer, recipe.train.max_steps, recipe.optimizer.lr_wsd_decay_steps
+    if optimizer.lr_decay_style != "wsd":
+        if decay is not None:
+            rule = f"lr_decay_style {optimizer.lr_decay_style} has no decay phase of its own"
+            yield Problem("optimizer.lr_wsd_decay_steps", rule, "set optimizer.lr_decay_style to wsd, or leave this out", decay)
+        return
+    if decay is None:
+        rule, fix = "wsd decays over the last steps, and must be told how many", "give it; 10 to 20 % of the steps is usual"
+        yield Problem("optimizer.lr_wsd_decay_steps", rule, fix, decay)
+    elif steps is not None and optimizer.lr_warmup_steps + decay > steps:
+        rule = f"with lr_warmup_steps({optimizer.lr_warmup_steps}) it is more than train.max_steps({steps})"
+        yield Problem("optimizer.lr_wsd_decay_steps", rule, f"lower it, e.g. to {max(1, steps // 10)}", decay)
 
 
 def evaluation(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
@@ -82,10 +98,72 @@ def evaluation(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
         rule, fix = "counts evaluations, but there is only one, at the end", "give train.eval_interval"
         yield Problem("train.early_stop_patience", rule, fix, train.early_stop_patience)
     if data.validation is None and data.validation_rows == 0:
-        for key in ("eval_interval", "exact_match"):
+        for key in ("eval_interval", "exact_match", "eval_prompts"):
             if value := getattr(train, key):
                 fix = "give data.validation or data.validation_rows"
                 yield Problem(f"train.{key}", "there are no validation rows", fix, value)
 
 
-RULES = (*layout_rules.RULES, *model_rules.RULES, recompute.recompute, sequence_length, batch, schedule, evaluation)
+def profile(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
+    """A profile has a first and a last step, in this order."""
+    if recipe.logging.profile_steps is not None:
+        first, last = recipe.logging.profile_steps
+        if not 1 <= first <= last:
+            rule = "must be [first, last] with 1 <= first <= last; steps count from 1"
+            yield Problem("logging.profile_steps", rule, "e.g. [10, 12]", [first, last])
+
+
+def sources(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
+    """A mixture stands in the place of data.train; its curriculum speaks of its sources."""
+    data = recipe.data
+    if data.mixture is not None:
+        names = [source.name for source in data.mixture]
+        if len(set(names)) < len(names):
+            yield Problem("data.mixture", "two sources have one name", "give each its own", names)
+        if sum(source.weight for source in data.mixture) <= 0:
+            yield Problem("data.mixture", "no source has a weight above 0", "give one", names)
+        if data.train != type(data)().train:
+            yield Problem("data.train", "data.mixture takes its place", "remove one of them, or add this file to the mixture", data.train)
+    if data.curriculum is not None and data.mixture is None:
+        yield Problem("data.curriculum", "changes the weights of data.mixture, and there is none", "give data.mixture, or remove it")
+    elif data.curriculum is not None:
+        names = [source.name for source in data.mixture or []]
+        steps = [stage.from_step for stage in data.curriculum]
+        if sorted(set(steps)) != steps:
+            yield Problem("data.curriculum", "stages are not in the order of their steps", "sort them by from_step", steps)
+        for stage in data.curriculum:
+            unknown = sorted(set(stage.weights) - set(names))
+            if unknown:
+                yield Problem("data.curriculum", f"no source of data.mixture is called {unknown[0]!r}", f"known: {', '.join(names)}", unknown)
+            if min(stage.weights.values(), default=0) < 0 or sum(stage.weights.values()) <= 0:
+                yield Problem("data.curriculum", f"weights from step {stage.from_step} on do not make shares", "none below 0, one above", stage.weights)
+
+
+def streaming(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
+    """Nothing that needs the whole of the data before the first step."""
+    data = recipe.data
+    if not data.streaming:
+        return
+    if recipe.train.max_steps is None:
+        yield Problem("train.max_steps", "data.streaming does not know how many rows there are", "give the number of steps")
+    if data.tokenizer.path is None and recipe.model.init_from is None:
+        yield Problem("data.tokenizer.path", "a tokenizer is trained on all rows, and data.streaming reads them while training", "give a tokenizer")
+    if data.validation is None and data.validation_rows > 0:
+        yield Problem("data.validation_rows", "data.streaming does not know the last rows", "give data.validation, or set this to 0", data.validation_rows)
+    for key in ("mixture", "order_by_length"):
+        if getattr(data, key):
+            yield Problem(f"data.{key}", "needs all rows, and data.streaming has a window of them", "turn one of them off")
+
+
+RULES = (
+    *layout_rules.RULES,
+    *model_rules.RULES,
+    recompute.recompute,
+    sequence_length,
+    batch,
+    schedule,
+    evaluation,
+    profile,
+    sources,
+    streaming,
+)

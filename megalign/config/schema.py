@@ -11,6 +11,11 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+Format = Literal[
+    "auto", "messages", "sharegpt", "instruction", "prompt_completion", "xlam", "text", "preference", "hh", "comparison", "ranked",
+    "ultrafeedback", "helpsteer", "unpaired", "gsm8k", "problem", "human_eval", "prompts", "judge_prompts",
+]  # fmt: skip  (megalign.data.formats has the table)
+
 
 class Section(BaseModel):
     """A part of the recipe: unknown keys are errors, values are validated on assignment too."""
@@ -25,24 +30,53 @@ class ModelConfig(Section):
     init_from: str | None = Field(default=None, description="a Hugging Face folder: its config.json gives the shape, its safetensors the weights")
     num_layers: int = Field(default=4, ge=1)
     hidden_size: int = Field(default=128, ge=1)
-    ffn_hidden_size: int = Field(default=384, ge=1, description="width of the dense SwiGLU MLP")
+    ffn_hidden_size: int = Field(default=384, ge=1, description="width of the dense MLP")
+    normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
+    activation_func: Literal["silu", "gelu", "gelu_tanh"] = Field(default="silu", description="gelu_tanh: its approximation by tanh (GPT-2)")
+    gated_linear_unit: bool = Field(default=True, description="the MLP multiplies activation_func(gate) with a second projection: SwiGLU with silu")
+    add_bias_linear: bool = Field(default=False, description="a bias in every linear layer of attention and MLP (GPT-2)")
+    add_qkv_bias: bool = Field(default=False, description="a bias in the query, key and value projections alone (Qwen2)")
     num_attention_heads: int = Field(default=4, ge=1)
     num_query_groups: int | None = Field(default=None, ge=1, description="key/value heads (GQA); default: num_attention_heads")
     kv_channels: int | None = Field(default=None, ge=1, description="size of one head; default: hidden_size / num_attention_heads")
     vocab_size: int | None = Field(default=None, ge=2, description="default: that of the tokenizer; padded so that tensor parallelism divides it")
     max_position_embeddings: int = Field(default=4096, ge=1)
-    position_embedding_type: Literal["rope"] = "rope"
+    position_embedding_type: Literal["rope", "learned_absolute"] = Field(default="rope", description="learned_absolute: a table of max_position_embeddings rows (GPT-2)")
     rotary_base: float = Field(default=10000.0, gt=0)
+    # Rotary embeddings beyond the length that the model was trained with; rope leaves the frequencies as they are.
+    rope_type: Literal["rope", "llama3", "yarn"] = Field(default="rope", description="llama3: as Llama 3.1 scales frequencies; yarn: arXiv:2309.00071")
+    rotary_scaling_factor: float = Field(default=1.0, ge=1, description="longest context / original_max_position_embeddings")
+    original_max_position_embeddings: int | None = Field(default=None, ge=1, description="length that the frequencies were trained with; llama3 and yarn need it")
+    low_freq_factor: float = Field(default=1.0, gt=0, description="llama3: wavelengths above original length / this are scaled in full")
+    high_freq_factor: float = Field(default=4.0, gt=0, description="llama3: wavelengths below original length / this are not scaled")
+    beta_fast: float = Field(default=32.0, gt=0, description="yarn: turns over the original length above which nothing is scaled")
+    beta_slow: float = Field(default=1.0, gt=0, description="yarn: turns below which the scale is full")
+    mscale: float = Field(default=1.0, ge=0, description="yarn: weight of the temperature of the rotated parts")
+    mscale_all_dim: float = Field(default=0.0, ge=0, description="yarn: weight of the temperature of all attention scores (DeepSeek)")
     layernorm_epsilon: float = Field(default=1e-5, gt=0)
     qk_layernorm: bool = Field(default=False, description="RMSNorm over each query and key head (Qwen3)")
     share_embeddings_and_output_weights: bool = Field(default=False, description="tie the output layer to the word embedding")
     init_method_std: float = Field(default=0.02, gt=0)
     attention_dropout: float = Field(default=0.0, ge=0, lt=1)
     hidden_dropout: float = Field(default=0.0, ge=0, lt=1)
+    # Multi-latent attention (DeepSeek-V2, arXiv:2405.04434): keys and values from one small latent a token.
+    multi_latent_attention: bool = False
+    q_lora_rank: int | None = Field(default=None, ge=1, description="width of the queries' latent; null: queries are projected directly")
+    kv_lora_rank: int = Field(default=512, ge=1, description="width of the latent that keys and values share")
+    qk_head_dim: int = Field(default=128, ge=1, description="part of a query and key head without position")
+    qk_pos_emb_head_dim: int = Field(default=64, ge=1, description="part with rotary position; all key heads share it")
+    v_head_dim: int = Field(default=128, ge=1, description="size of one value head")
     # Mixture of experts; num_moe_experts: null is a dense model.
     num_moe_experts: int | None = Field(default=None, ge=1)
     moe_ffn_hidden_size: int | None = Field(default=None, ge=1, description="width of one expert; default: ffn_hidden_size")
+    moe_layer_freq: int | list[int] = Field(default=1, description="n: every n-th layer from the first has experts; or 1 (experts) and 0 (dense) for each layer")
     moe_router_topk: int = Field(default=2, ge=1)
+    moe_router_score_function: Literal["softmax", "sigmoid"] = Field(default="softmax", description="sigmoid: DeepSeek-V3")
+    moe_router_enable_expert_bias: bool = Field(default=False, description="balance without a loss, by a bias on the choice alone (arXiv:2408.15664); always FP32")
+    moe_router_bias_update_rate: float = Field(default=1e-3, ge=0, description="what a step adds to the bias of an idle expert and takes from a busy one")
+    moe_router_num_groups: int | None = Field(default=None, ge=1, description="groups of experts of which a token may choose only some")
+    moe_router_group_topk: int | None = Field(default=None, ge=1, description="groups that a token may choose from")
+    moe_router_topk_scaling_factor: float | None = Field(default=None, gt=0, description="what the chosen probabilities are multiplied with")
     moe_norm_topk_prob: bool = Field(default=True, description="rescale the chosen probabilities to sum 1 (Mixtral, Qwen3-MoE)")
     moe_shared_expert_intermediate_size: int | None = Field(default=None, ge=1, description="width of the always-on shared expert")
     moe_aux_loss_coeff: float = Field(default=0.0, ge=0)
@@ -81,13 +115,29 @@ class TokenizerConfig(Section):
     vocab_size: int = Field(default=4096, ge=260, description="size of the tokenizer that is trained, special tokens included")
 
 
+class MixtureSource(Section):
+    """One part of a mixture."""
+
+    name: str = Field(min_length=1)
+    path: str | list[str] = Field(description="file or files; `grammar` is the built-in toy dialogue set")
+    weight: float = Field(ge=0, allow_inf_nan=False, description="share of the tokens trained on, relative to the other weights")
+    kind: Literal["human", "reviewed", "synthetic", "replay"] | None = Field(default=None, description="where it comes from: shares outside the usual ranges are warned about")
+
+
+class CurriculumStage(Section):
+    """Weights of a mixture from a step on."""
+
+    from_step: int = Field(ge=0)
+    weights: dict[str, float] = Field(description="name of each source: its weight")
+
+
 class DataConfig(Section):
     """What is read, how it is rendered, and which tokens are scored."""
 
     train: str | list[str] = Field(default="grammar", description="file or files; `grammar` is the built-in toy dialogue set")
     validation: str | list[str] | None = Field(default=None, description="file or files; null: the last `validation_rows` of train")
     validation_rows: int = Field(default=100, ge=0)
-    format: Literal["auto", "messages", "instruction", "text"] = "auto"
+    format: Format = Field(default="auto", description="of every file of train and validation; auto: told by its first row")
     template: Literal["chatml"] = "chatml"
     tokenizer: TokenizerConfig = TokenizerConfig()
     sequence_length: int = Field(default=256, ge=8, description="tokens of one (packed) row")
@@ -98,6 +148,14 @@ class DataConfig(Section):
     shuffle: bool = True
     remainder: Literal["drop", "pad"] = Field(default="pad", description="last global batch of an epoch: pad with rows that score nothing, or drop")
     max_rows: int | None = Field(default=None, ge=1)
+    balance: bool | None = Field(default=None, description="microbatches and data-parallel ranks with equally many tokens; null: where rows are not packed")
+    order_by_length: bool = Field(default=False, description="curriculum: the first epoch goes from short rows to long ones")
+    mixture: list[MixtureSource] | None = Field(default=None, description="several sources by weight, in the place of `train`")
+    curriculum: list[CurriculumStage] | None = Field(default=None, description="other weights of the mixture from given steps on")
+    streaming: bool = Field(default=False, description="tokenise while training, a window of rows at a time; needs train.max_steps")
+    shuffle_window: int = Field(default=16384, ge=1, description="streaming: rows that are shuffled and packed among each other")
+    cache_dir: str | None = Field(default=None, description="folder of tokenised rows, shared by all ranks and runs; default: .cache beside `output`")
+    cache_timeout: float = Field(default=7200.0, gt=0, description="seconds to wait for another process that tokenises")
 
 
 class OptimizerConfig(Section):
@@ -109,10 +167,12 @@ class OptimizerConfig(Section):
     adam_beta2: float = Field(default=0.95, ge=0, lt=1)
     adam_eps: float = Field(default=1e-8, gt=0)
     clip_grad: float = Field(default=1.0, ge=0, description="global-norm clip; 0: off")
-    lr_decay_style: Literal["cosine", "linear", "constant", "cosine_with_restarts"] = "cosine"
+    lr_decay_style: Literal["cosine", "linear", "constant", "cosine_with_restarts", "wsd"] = "cosine"
     lr_warmup_steps: int = Field(default=0, ge=0)
     min_lr: float = Field(default=0.0, ge=0)
     lr_num_cycles: int = Field(default=1, ge=1, description="cosine_with_restarts: number of restarts")
+    lr_wsd_decay_steps: int | None = Field(default=None, ge=1, description="wsd: steps of the final decay; required by it")
+    lr_wsd_decay_style: Literal["minus_sqrt", "linear", "cosine", "exponential"] = "minus_sqrt"
     scale_lr_with_data_parallel: Literal["none", "linear", "sqrt"] = "none"
 
 
@@ -142,11 +202,19 @@ class TrainConfig(Section):
     early_stop_patience: int | None = Field(default=None, ge=1, description="evaluations without improvement after which the run stops")
     early_stop_min_delta: float = Field(default=0.0, ge=0, description="nats by which eval_loss must fall below its last mark to count as an improvement")
     save_interval: int | None = Field(default=None, ge=1, description="steps between checkpoints; null: at evaluations and the end")
+    async_save: bool = Field(default=False, description="write checkpoints while training goes on; needs memory for a copy of this rank's shards")
+    hang_timeout_seconds: float | None = Field(
+        default=None, gt=0, description="end the run, with the stacks of all ranks, when a rank does nothing new for so long; more than the longest save; null: off"
+    )
     keep_last: int = Field(default=2, ge=1)
     keep_best: int = Field(default=1, ge=0, description="checkpoints with the lowest eval_loss that are kept besides the last")
     load_best_at_end: bool = True
     nan_guard: bool = Field(default=True, description="stop on a non-finite loss or gradient with cause, parameter and microbatch")
     spike_factor: float | None = Field(default=None, gt=1, description="stop when loss exceeds this multiple of its running mean; null: off")
+    freeze: list[str] = Field(
+        default=[], description="parameters that keep their values: globs over global names, or dotted parts of them (router, embedding)"
+    )
+    eval_prompts: int = Field(default=0, ge=0, description="validation prompts answered greedily at every evaluation: exact match and length")
     sample_prompts: int = Field(default=3, ge=0, description="prompts answered at the end for the report")
     sample_tokens: int = Field(default=64, ge=1)
     exact_match: bool = Field(default=False, description="at the end, answer every validation prompt greedily and compare")
@@ -157,6 +225,11 @@ class LoggingConfig(Section):
 
     log_interval: int = Field(default=1, ge=1)
     tensorboard: bool = True
+    trackers: list[Literal["wandb", "mlflow"]] = Field(default=[], description="dashboards told besides; each must be installed, and is set up by its own environment")
+    timers: bool = Field(default=False, description="seconds of each phase on each rank, and which rank is slow; on CUDA it waits for the GPU at each phase")
+    profile_steps: tuple[int, int] | None = Field(default=None, description="first and last step of a torch profile; a chrome trace a rank in logs/profile")
+    memory_snapshot: bool = Field(default=False, description="on CUDA: a record of allocations in logs/memory when memory runs out")
+    nvtx: bool = Field(default=False, description="name the phases for Nsight Systems (CUDA)")
     report: bool = True
 
 

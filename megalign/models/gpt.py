@@ -28,6 +28,16 @@ class DialogueModel(GPTModel):
         super().__init__(*args, **kwargs)
         self.real_vocab_size = real_vocab_size
 
+    def bfloat16(self) -> DialogueModel:
+        """BF16, except for the routers' expert biases and counts: a step changes a bias by less than BF16 can say,
+        and a BF16 count stops growing at 256. (Upstream keeps the bias, once rounded, and not the count: router.py:209.)"""
+        kept = {name: buffer for name, buffer in self.named_buffers() if name.endswith((".expert_bias", ".local_tokens_per_expert"))}
+        super().bfloat16()
+        for name, buffer in kept.items():
+            module, _, own_name = name.rpartition(".")
+            setattr(self.get_submodule(module), own_name, buffer)
+        return self
+
     def forward(self, *args: Any, padding_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         """megatron-core's forward. padding_mask [B, S]: True where the routers' auxiliary losses must not look."""
         if self.config.num_moe_experts is None:

@@ -41,6 +41,7 @@ def place_of(chunk: Any, grid: Grid) -> Place:
         expert_tensor_size=grid.expert_tensor.size,
         layer_offset=get_transformer_layer_offset(config, vp_stage=chunk.vp_stage, pp_rank=grid.pipeline.rank),
         expert_offset=experts * grid.expert.rank,
+        gated=config.gated_linear_unit,
     )
 
 
@@ -52,10 +53,20 @@ def named_parameters(chunks: Sequence[Any], grid: Grid) -> Iterator[tuple[str, T
             yield global_name(name, place.layer_offset, place.expert_offset), parameter, place
 
 
+def named_weights(chunks: Sequence[Any], grid: Grid) -> Iterator[tuple[str, Tensor, Place]]:
+    """`named_parameters`, and what a model is made of beside them: the routers' FP32 expert biases."""
+    yield from named_parameters(chunks, grid)
+    for chunk in map(_unwrapped, chunks):
+        place = place_of(chunk, grid)
+        for name, buffer in chunk.named_buffers():
+            if name.endswith(".router.expert_bias"):
+                yield global_name(name, place.layer_offset, place.expert_offset), buffer, place
+
+
 @torch.no_grad()
 def load_full(chunks: Sequence[Any], grid: Grid, source: Callable[[str, Tensor, Place], Tensor]) -> None:
-    """Fill every parameter with its part of `source(name, local parameter, place)`, the full tensor."""
-    for name, parameter, place in named_parameters(chunks, grid):
+    """Fill every weight with its part of `source(name, local weight, place)`, the full tensor."""
+    for name, parameter, place in named_weights(chunks, grid):
         local = local_from_full(name, source(name, parameter, place), place)
         if local.shape != parameter.shape:  # copy_ would broadcast
             raise ValueError(f"{name}: this rank's part has shape {tuple(local.shape)}, its parameter {tuple(parameter.shape)}")
@@ -63,7 +74,7 @@ def load_full(chunks: Sequence[Any], grid: Grid, source: Callable[[str, Tensor, 
 
 
 def initialise(chunks: Sequence[Any], model: ModelConfig, grid: Grid, seed: int) -> None:
-    """Normal(0, std) weights, output projections scaled by 1/sqrt(2 L) (GPT-2), norms one.
+    """Normal(0, std) weights, output projections scaled by 1/sqrt(2 L) (GPT-2), norms one, biases zero.
 
     Drawn full, on the CPU, from a generator seeded by (seed, name), then cut.
     """
@@ -74,6 +85,8 @@ def initialise(chunks: Sequence[Any], model: ModelConfig, grid: Grid, seed: int)
         shape = full_shape(name, parameter.shape, place)
         if name.endswith("layernorm.weight"):
             return torch.ones(shape)
+        if name.endswith("bias"):
+            return torch.zeros(shape)
         if tied and name == "output_layer.weight":
             name = "embedding.word_embeddings.weight"
         std = narrow if name.endswith(("linear_proj.weight", "linear_fc2.weight")) else model.init_method_std
@@ -86,7 +99,7 @@ def initialise(chunks: Sequence[Any], model: ModelConfig, grid: Grid, seed: int)
 
 def full_shape(name: str, local: torch.Size, place: Place) -> tuple[int, ...]:
     """Shape of the uncut tensor of which a rank has `local`."""
-    cut, shape = cut_of(name), list(local)
+    cut, shape = cut_of(name, place.gated), list(local)
     size = place.expert_tensor_size if ".local_experts." in name else place.tensor_size
     if cut in (Rows, GatedRows):
         shape[0] *= size
@@ -95,12 +108,13 @@ def full_shape(name: str, local: torch.Size, place: Place) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def stream_full(chunks: Sequence[Any], grid: Grid, value: Callable[[Tensor], Tensor] = lambda p: p.detach()) -> Iterator[tuple[str, Tensor]]:
+def stream_full(chunks: Sequence[Any], grid: Grid, value: Callable[[Tensor], Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
     """Yield every full tensor once, on rank 0, one at a time; the other ranks yield nothing (collective).
 
-    value: what to stream of a parameter (its data, or its gradient). Consume it to the end on every rank.
+    value: what to stream of the parameters, e.g. their gradients; None: all weights. Consume it to the end on every rank.
     """
-    mine = list(named_parameters(chunks, grid))
+    mine = list(named_parameters(chunks, grid) if value else named_weights(chunks, grid))
+    gated = all(place.gated for _, _, place in mine)
     tied = any(chunk.share_embeddings_and_output_weights for chunk in map(_unwrapped, chunks))
     # A tied output layer is the embedding again, kept a second time by the last stage.
     owned = [name for name, _, _ in mine if _is_owner(name, grid) and not (tied and name == "output_layer.weight")]
@@ -112,10 +126,10 @@ def stream_full(chunks: Sequence[Any], grid: Grid, value: Callable[[Tensor], Ten
             axis = grid.expert_tensor if ".local_experts." in name else grid.tensor
             full = None
             if owner in dist.get_process_group_ranks(axis.group):
-                part = value(local[name]).contiguous()
+                part = (value(local[name]) if value else local[name].detach()).contiguous()
                 parts = [torch.empty_like(part) for _ in range(axis.size)]
                 dist.all_gather(parts, part, group=axis.group)
-                full = full_from_locals(name, parts)
+                full = full_from_locals(name, parts, gated)
             if owner != 0 and grid.rank in (0, owner):
                 full = _move(full if grid.rank == owner else None, owner)
             if grid.rank == 0:

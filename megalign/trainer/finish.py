@@ -55,30 +55,49 @@ def finish(
 
 
 def answers(engine: Engine, run: RunFolder, data: Dataset, step: int) -> float | None:
-    """Answer prompts greedily and compare with the reference; return the share answered exactly, if asked for."""
+    """Answer prompts greedily and write samples.jsonl; return the share answered exactly, if asked for."""
     config = run.recipe.train
-    rows = prompts_of(data, None if config.exact_match else config.sample_prompts)
-    if not rows:
+    replies = reply(engine, run, data, None if config.exact_match else config.sample_prompts)
+    if not replies:
         return None
-    prompts = [row.messages[:-1] for row in rows]
+    if run.grid.is_logger:
+        with (run.path / "samples.jsonl").open("w") as file:
+            for row, response in replies[: max(config.sample_prompts, 3)]:
+                line = sample(step, row, response, is_exact(row, response) if config.exact_match else None)
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    return sum(is_exact(*pair) for pair in replies) / len(replies) if config.exact_match else None
+
+
+def generation_metrics(engine: Engine, run: RunFolder, data: Dataset) -> dict[str, float]:
+    """`train.eval_prompts` of the data answered greedily: share answered word for word, mean length in characters."""
+    replies = reply(engine, run, data, run.recipe.train.eval_prompts)
+    if not replies:
+        return {}
+    exact = sum(is_exact(*pair) for pair in replies) / len(replies)
+    return {"exact_match": exact, "response_characters": sum(len(response) for _, response in replies) / len(replies)}
+
+
+def reply(engine: Engine, run: RunFolder, data: Dataset, count: int | None) -> list[tuple[Conversation, str]]:
+    """The first `count` conversations (None: all), each with the model's greedy answer in place of its last turn (collective)."""
+    config = run.recipe.train
+    rows = prompts_of(data, count)
+    if not rows:
+        return []
     responses = answer(
         engine.models,
         engine.grid,
         data.tokenizer,
-        [list(prompt) for prompt in prompts],
+        [list(row.messages[:-1]) for row in rows],
         max_new_tokens=config.sample_tokens,
         sampling=SamplingParams(temperature=0.0),
         seed=config.seed,
     )
-    references = [row.messages[-1].content for row in rows]
-    matches = [response.strip() == reference.strip() for response, reference in zip(responses, references, strict=True)]
-    if run.grid.is_logger:
-        shown = range(min(len(rows), max(config.sample_prompts, 3)))
-        with (run.path / "samples.jsonl").open("w") as file:
-            for i in shown:
-                line = sample(step, rows[i], responses[i], matches[i] if config.exact_match else None)
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    return sum(matches) / len(matches) if config.exact_match else None
+    return list(zip(rows, responses, strict=True))
+
+
+def is_exact(row: Conversation, response: str) -> bool:
+    """True if the response is the row's last turn, word for word."""
+    return response.strip() == row.messages[-1].content.strip()
 
 
 def sample(step: int, row: Conversation, response: str, match: bool | None) -> dict[str, Any]:

@@ -156,6 +156,10 @@ CASES = [
     ("schedule", "max_steps=100 optimizer.lr_warmup_steps=100", 1, "optimizer.lr_warmup_steps", "=100: the run has only train.max_steps(100)", "optimizer.lr_warmup_steps=99"),
     ("schedule", "optimizer.min_lr=0.002", 1, "optimizer.min_lr", "is above the peak optimizer.lr(0.001); lower it, e.g. to 0.0001", "optimizer.min_lr=0.001"),
     ("schedule", "optimizer.lr_num_cycles=2", 1, "optimizer.lr_num_cycles", "lr_decay_style cosine has no cycles", "optimizer.lr_decay_style=cosine_with_restarts"),
+    ("schedule", "optimizer.lr_decay_style=wsd", 1, "optimizer.lr_wsd_decay_steps", "must be told how many", "optimizer.lr_wsd_decay_steps=10"),
+    ("schedule", "optimizer.lr_wsd_decay_steps=10", 1, "optimizer.lr_wsd_decay_steps", "lr_decay_style cosine has no decay phase", "optimizer.lr_decay_style=wsd"),
+    ("schedule", "max_steps=100 optimizer.lr_decay_style=wsd optimizer.lr_warmup_steps=10 optimizer.lr_wsd_decay_steps=91", 1, "optimizer.lr_wsd_decay_steps", "with lr_warmup_steps(10) it is more than train.max_steps(100)", "optimizer.lr_wsd_decay_steps=90"),
+    ("evaluation", "train.eval_prompts=3 data.validation_rows=0", 1, "train.eval_prompts", "there are no validation rows", "data.validation=v.jsonl"),
     ("evaluation", "train.early_stop_patience=2", 1, "train.early_stop_patience", "give train.eval_interval", "train.eval_interval=5"),
     ("evaluation", "train.exact_match=true data.validation_rows=0", 1, "train.exact_match", "there are no validation rows", "data.validation=v.jsonl"),
 ]  # fmt: skip

@@ -100,6 +100,34 @@ def test_nan_stops_with_its_cause_and_leaves_the_checkpoint(tmp_path: Path, worl
     assert [step for step, *_ in curve(tmp_path)] == list(range(1, 11))
 
 
+def test_frozen_parameters_stay_on_every_layout(tmp_path: Path):
+    """The router of layer 1 and the (tied) embedding, by names that mean the same under TP2 PP2 EP2; the norm counts none of them."""
+    freeze = ["embedding", "decoder.layers.1.mlp.router.*"]
+    options: dict[str, Any] = {"train": {"freeze": freeze, "max_steps": 3, "eval_interval": 1, "eval_prompts": 2}, "model": {"share_embeddings_and_output_weights": True}}
+    still = {"embedding.word_embeddings.weight", "decoder.layers.1.mlp.router.weight"}
+    for name, world, parallel in (("one", 1, {}), ("four", 4, MOE_4)):
+        error, moved, kept = run_ranks(sft_checks.train_and_compare, world, recipe(tmp_path / name, parallel=parallel, **options))[0]
+        assert error == "" and set(kept) == still and "decoder.layers.0.mlp.router.weight" in moved
+        evaluations = metrics(tmp_path / name, "eval")
+        assert [line["step"] for line in evaluations] == [0, 1, 2, 3]
+        assert all(0 <= line["eval_exact_match"] <= 1 and line["eval_response_characters"] >= 0 for line in evaluations)
+    one, four = (curve(tmp_path / name, "loss", "grad_norm") for name in ("one", "four"))
+    for (_, loss, norm), (_, other_loss, other_norm) in zip(one[:2], four[:2], strict=True):
+        assert loss == pytest.approx(other_loss, rel=1e-5) and norm == pytest.approx(other_norm, rel=1e-4)
+    whole = recipe(tmp_path / "whole", model=options["model"], train={"max_steps": 1}, optimizer={"lr_warmup_steps": 0})
+    assert run(1, sft_checks.train, whole) == ""
+    assert curve(tmp_path / "whole", "grad_norm")[0][1] > one[0][2] * 1.01
+    message = run(1, sft_checks.train, recipe(tmp_path / "typo", train={"freeze": ["rooter"]}))
+    assert "train.freeze=" in message and "rooter" in message and "no parameter has such a name" in message
+
+
+@pytest.mark.parametrize("world, parallel", [(1, {}), (4, MOE_4)], ids=["one", "tp2-pp2-ep2-sp"])
+def test_the_average_of_checkpoints_is_their_mean(tmp_path: Path, world: int, parallel: dict[str, Any]):
+    two = recipe(tmp_path / "run", parallel=parallel, train={"max_steps": 4, "save_interval": 2, "keep_best": 0})
+    found = run_ranks(sft_checks.train_and_average, world, two, str(tmp_path / "average"))[0]
+    assert found["off"] < 1e-7 < 1e-3 < found["apart"]
+
+
 def test_no_space_left_keeps_the_previous_checkpoint(tmp_path: Path):
     good = recipe(tmp_path, parallel={"tensor_model_parallel_size": 2, "sequence_parallel": True}, train={"stop_at_step": 2})
     assert run(2, sft_checks.train, good) == ""

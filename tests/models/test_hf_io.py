@@ -31,6 +31,21 @@ COMMON: dict[str, Any] = {
     "eos_token_id": 3,
     "initializer_range": 0.3,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+LATENT: dict[str, Any] = COMMON | {
+    "num_key_value_heads": 4,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 12,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 2.5,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+}
 CONFIGS = {
     "llama": transformers.LlamaConfig(**COMMON, intermediate_size=48),
     "llama_tied": transformers.LlamaConfig(**COMMON, intermediate_size=48, tie_word_embeddings=True, rope_theta=5e5),
@@ -40,6 +55,21 @@ CONFIGS = {
         **COMMON, intermediate_size=48, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2, head_dim=16
     ),
     "mixtral": transformers.MixtralConfig(**COMMON, intermediate_size=24, num_local_experts=4, num_experts_per_tok=2),
+    "llama3.1": transformers.LlamaConfig(
+        **COMMON,
+        intermediate_size=48,
+        rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "original_max_position_embeddings": 8}
+        | {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    ),
+    "qwen2": transformers.Qwen2Config(**COMMON, intermediate_size=48, rope_parameters=YARN),
+    "gpt2": transformers.GPT2Config(
+        vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3, bos_token_id=None, eos_token_id=3
+    ),
+    "deepseek_v2": transformers.DeepseekV2Config(**LATENT, topk_method="group_limited_greedy", n_group=4, topk_group=2, num_experts_per_tok=3),
+    "deepseek_v2_lite": transformers.DeepseekV2Config(**LATENT | {"q_lora_rank": None}, num_experts_per_tok=2),
+    "deepseek_v3": transformers.DeepseekV3Config(
+        **LATENT, n_group=4, topk_group=2, num_experts_per_tok=3, rope_parameters=YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}
+    ),
 }
 every_model = pytest.mark.parametrize("name", CONFIGS)
 
@@ -55,6 +85,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Path
             for parameter in model.parameters():
                 if parameter.dim() == 1:
                     parameter.uniform_(0.5, 1.5)
+            for key, buffer in model.named_buffers():
+                if key.endswith("e_score_correction_bias"):
+                    buffer.uniform_(-0.2, 0.2)
         folder = tmp_path_factory.mktemp(name) / "saved"
         model.save_pretrained(folder)
         models[name] = (model, folder)
@@ -99,7 +132,7 @@ def test_written_folder_gives_bitwise_equal_logits_in_transformers(name: str, sa
     assert dict(read_hf(tmp_path / "out")).keys() == dict(weights).keys()
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "deepseek_v2", "deepseek_v3"])
 def test_both_layouts_of_experts_on_disk_are_read(name: str, saved: dict, tmp_path: Path) -> None:
     model, folder = saved[name]
     model.save_pretrained(tmp_path, save_original_format=False)
@@ -107,6 +140,40 @@ def test_both_layouts_of_experts_on_disk_are_read(name: str, saved: dict, tmp_pa
     fused, single = read_hf(tmp_path), read_hf(folder)
     assert set(fused) == set(single)
     assert all(torch.equal(fused[key], single[key]) for key in single)
+
+
+def test_gpt2_of_the_hub_names_no_transformer_and_holds_its_masks(saved: dict, tmp_path: Path) -> None:
+    _, folder = saved["gpt2"]
+    weights = load_file(folder / "model.safetensors")
+    bare = {key.removeprefix("transformer."): weight for key, weight in weights.items()} | {"h.0.attn.bias": torch.ones(1, 1, 64, 64)}
+    save_file(bare, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    read = read_hf(tmp_path)
+    _, conversion = conversion_for(read.config)
+    back = dict(conversion.to_hf(conversion.from_hf(read)))
+    assert back.keys() == weights.keys() and all(torch.equal(back[key], weights[key]) for key in weights)
+
+
+def test_prediction_modules_of_deepseek_v3_are_left_out(saved: dict) -> None:
+    """The hub's files hold them as layer 61; transformers ignores them too. A layer too many elsewhere is an error."""
+    for name, family in (("deepseek_v3", True), ("deepseek_v2", False)):
+        weights = dict(read_hf(saved[name][1]))
+        _, conversion = conversion_for(read_hf(saved[name][1]).config)
+        weights["model.layers.2.eh_proj.weight"] = torch.ones(32, 64)
+        if family:
+            conversion.check(weights)
+        else:
+            with pytest.raises(ConversionError, match="1 unknown .model.layers.2.eh_proj.weight"):
+                conversion.check(weights)
+
+
+def test_expert_biases_stay_fp32_in_bf16_files(saved: dict, tmp_path: Path) -> None:
+    weights = read_hf(saved["deepseek_v3"][1])
+    write_hf(tmp_path / "out", weights.items(), {"dtype": "bfloat16"}, torch.bfloat16)
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    kept = {name for name, tensor in written.items() if tensor.dtype == torch.float32}
+    assert kept == {"model.layers.1.mlp.gate.e_score_correction_bias"}
+    assert all(torch.equal(written[name], weights[name]) for name in kept)
 
 
 def test_several_shards_are_read_as_one(saved: dict, tmp_path: Path) -> None:

@@ -28,11 +28,33 @@ MODELS = {
     for name, fields in {
         "llama": SHAPE,
         "llama_tied": SHAPE | {"share_embeddings_and_output_weights": True},
+        "qwen2": SHAPE | {"add_qkv_bias": True},
         "qwen3": SHAPE | {"qk_layernorm": True},
         "qwen3_moe": SHAPE | EXPERTS | {"qk_layernorm": True, "moe_norm_topk_prob": False},
         "mixtral": SHAPE | EXPERTS,
     }.items()
 }
+GROUPED = EXPERTS | {"moe_router_num_groups": 2, "moe_router_group_topk": 1, "moe_router_topk_scaling_factor": 2.5}
+LATENT = {key: value for key, value in SHAPE.items() if key not in ("num_query_groups", "kv_channels")} | GROUPED | {
+    "multi_latent_attention": True,
+    "q_lora_rank": 20,
+    "layernorm_epsilon": 1e-6,
+    "moe_layer_freq": [0, 1],
+    "moe_shared_expert_intermediate_size": 48,
+}
+SIGMOID = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
+GPT2 = {"normalization": "LayerNorm", "activation_func": "gelu_tanh", "gated_linear_unit": False, "add_bias_linear": True}
+# Models whose weights are not Llama's; test_hf_io.py reads and writes transformers' own files of them.
+OTHERS = {
+    name: ModelConfig.model_validate(fields)
+    for name, fields in {
+        "gpt2": GPT2 | {"position_embedding_type": "learned_absolute", "hidden_size": 40, "num_attention_heads": 4, "num_layers": 2}
+        | {"share_embeddings_and_output_weights": True},
+        "deepseek_v2": LATENT | {"moe_norm_topk_prob": False},
+        "deepseek_v3": LATENT | SIGMOID | {"rope_type": "yarn", "rotary_scaling_factor": 40.0, "original_max_position_embeddings": 4096}
+        | {"mscale_all_dim": 1.0},
+    }.items()
+}  # fmt: skip
 every_model = pytest.mark.parametrize("name", MODELS)
 
 
@@ -51,6 +73,8 @@ def random_weights(name: str, seed: int = 0) -> dict[str, Tensor]:
         shapes |= {layer + "input_layernorm.weight": (40,), layer + "post_attention_layernorm.weight": (40,)}
         shapes |= {layer + "self_attn.q_proj.weight": (48, 40), layer + "self_attn.o_proj.weight": (40, 48)}
         shapes |= {layer + "self_attn.k_proj.weight": (24, 40), layer + "self_attn.v_proj.weight": (24, 40)}
+        if model.add_qkv_bias:
+            shapes |= {layer + f"self_attn.{part}_proj.bias": (rows,) for part, rows in (("q", 48), ("k", 24), ("v", 24))}
         if model.qk_layernorm:
             shapes |= {layer + "self_attn.q_norm.weight": (6,), layer + "self_attn.k_norm.weight": (6,)}
         if not model.num_moe_experts:
@@ -220,6 +244,63 @@ def test_derived_names_are_accepted_only_when_they_say_the_same() -> None:
         conversion.check(weights)
 
 
+SCALINGS = [
+    {},
+    {"rope_type": "llama3", "rotary_scaling_factor": 8.0, "original_max_position_embeddings": 8192, "low_freq_factor": 2.0},
+    {"rope_type": "yarn", "rotary_scaling_factor": 4.0, "original_max_position_embeddings": 32768, "beta_fast": 16.0},
+]
+
+
+@pytest.mark.parametrize("scaling", SCALINGS, ids=["plain", "llama3", "yarn"])
+def test_scaled_frequencies_round_trip_in_both_spellings(scaling: dict) -> None:
+    model = MODELS["llama"].model_copy(update={"rotary_base": 5e5, **scaling})
+    config = hf_config_from_model(model, VOCAB, "float32")
+    for spelling in (config, {key: value for key, value in config.items() if key != "rope_parameters"}):
+        fields = model_config_from_hf(spelling)
+        assert {key: value for key, value in fields.items() if getattr(model, key) != value} == {"vocab_size": VOCAB}
+    assert (config["rope_scaling"] is None) == (not scaling)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_config_round_trip_of_the_others(name: str) -> None:
+    model = OTHERS[name].model_copy(update={"vocab_size": VOCAB})
+    assert family_of_model(model).model_type == name
+    fields = model_config_from_hf(hf_config_from_model(model, VOCAB, "float32"))
+    assert {key: value for key, value in fields.items() if getattr(model, key) != value} == {}
+
+
+def test_gpt2_against_a_plain_loop() -> None:
+    """Head by head, its query, key and value; each weight there is [in, out]."""
+    dims = Dimensions.of(OTHERS["gpt2"], VOCAB)
+    entries = FAMILIES["gpt2"].conversion(dims).entries
+    for kind, shape in (("weight", (40, 120)), ("bias", (120,))):
+        whole = torch.randn(shape)
+        row, _ = entries[f"decoder.layers.1.self_attention.linear_qkv.{kind}"]
+        q, k, v = (part.split(10) for part in whole.t().split(40))
+        merged = row.merge([whole], dims)
+        assert torch.equal(merged, torch.cat([part[head] for head in range(4) for part in (q, k, v)]))
+        assert torch.equal(row.split(merged, dims)[0], whole)
+    fc1, _ = entries["decoder.layers.1.mlp.linear_fc1.weight"]
+    assert fc1.whole_shape(dims) == (384, 40)
+    # without a gate a tensor rank has one run of rows
+    place = Place(tensor_rank=1, tensor_size=2, gated=False)
+    rows = torch.arange(8.0)[:, None]
+    assert local_from_full("decoder.layers.0.mlp.linear_fc1.weight", rows, place).flatten().tolist() == [4, 5, 6, 7]
+    assert torch.equal(full_from_locals("decoder.layers.0.mlp.linear_fc1.weight", list(rows.chunk(2)), gated=False), rows)
+
+
+def test_a_model_has_only_the_weights_of_its_kind() -> None:
+    names = set(FAMILIES["deepseek_v3"].conversion(Dimensions.of(OTHERS["deepseek_v3"], VOCAB)).hf_names)
+    assert "model.layers.0.mlp.gate_proj.weight" in names and "model.layers.1.mlp.gate_proj.weight" not in names
+    assert "model.layers.1.mlp.gate.e_score_correction_bias" in names and "model.layers.0.mlp.gate.weight" not in names
+    direct = OTHERS["deepseek_v3"].model_copy(update={"q_lora_rank": None, "moe_shared_expert_intermediate_size": None})
+    other = set(FAMILIES["deepseek_v3"].conversion(Dimensions.of(direct, VOCAB)).hf_names)
+    assert {name.partition(".layers.1.")[2] for name in names ^ other if ".layers.1." in name} == {
+        *(f"self_attn.{part}.weight" for part in ("q_proj", "q_a_proj", "q_a_layernorm", "q_b_proj")),
+        *(f"mlp.shared_experts.{part}_proj.weight" for part in ("gate", "up", "down")),
+    }
+
+
 @every_model
 def test_config_round_trip(name: str) -> None:
     model = MODELS[name].model_copy(update={"rotary_base": 5e5, "layernorm_epsilon": 1e-6, "vocab_size": VOCAB})
@@ -239,9 +320,20 @@ def test_config_round_trip(name: str) -> None:
         ("llama", {"attention_bias": True}, "attention_bias True"),
         ("llama", {"mlp_bias": True}, "mlp_bias True"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu': only 'silu'"),
-        ("llama", {"rope_parameters": None, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling .*'factor': 8.0"),
-        ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_parameters .*yarn"),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_parameters .*yarn.*needs 'factor'"),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0}}, "mscale without mscale_all_dim"),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "attention_factor": 1.5}}, "attention_factor 1.5 is not supported"),
         ("llama", {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling .*linear"),
+        ("llama", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
+        ("qwen2", {"use_sliding_window": True}, "use_sliding_window True"),
+        ("gpt2", {"activation_function": "relu"}, "activation_function 'relu': only 'gelu_new'"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True"),
+        ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob True"),
+        ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method 'noaux_tc'"),
+        ("deepseek_v2", {"rms_norm_eps": 1e-5}, "rms_norm_eps 1e-05: only 1e-06, that of the latents' norms"),
+        ("deepseek_v3", {"rope_interleave": False}, "rope_interleave False"),
+        ("deepseek_v3", {"norm_topk_prob": False}, "norm_topk_prob False"),
+        ("deepseek_v3", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config .*fp8"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ("llama", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config .*fp8"),
         ("qwen3", {"use_sliding_window": True}, "use_sliding_window True"),
@@ -251,11 +343,11 @@ def test_config_round_trip(name: str) -> None:
         ("qwen3_moe", {"num_experts": 8}, "num_local_experts 4 and num_experts 8"),
         ("mixtral", {"sliding_window": 4096}, "sliding_window 4096"),
         ("mixtral", {"hidden_size": None}, "'hidden_size' null"),
-        ("llama", {"model_type": "gpt2"}, "model_type 'gpt2'; supported: llama, qwen3, qwen3_moe, mixtral"),
+        ("llama", {"model_type": "opt"}, "model_type 'opt'; supported: llama, qwen2, qwen3, qwen3_moe, mixtral, gpt2, deepseek_v2, deepseek_v3"),
     ],
 )
 def test_what_the_model_lacks_is_refused_by_name(name: str, change: dict, message: str) -> None:
-    config = hf_config_from_model(MODELS[name], VOCAB, "float32")
+    config = hf_config_from_model((MODELS | OTHERS)[name], VOCAB, "float32")
     model_config_from_hf(config)
     with pytest.raises(ConversionError, match=message):
         model_config_from_hf(config | change)
@@ -276,6 +368,9 @@ def test_absent_keys() -> None:
     [
         ({"moe_shared_expert_intermediate_size": 16}, "moe_shared_expert_intermediate_size is 16"),
         ({"moe_norm_topk_prob": False}, "MixtralForCausalLM: model.moe_norm_topk_prob is False"),
+        ({"moe_layer_freq": [0, 1]}, r"moe_layer_freq is \[0, 1\], and the format has experts in every layer"),
+        ({"moe_router_topk_scaling_factor": 2.0}, "moe_router_topk_scaling_factor is 2.0"),
+        ({"moe_router_score_function": "sigmoid"}, "no family has these traits; the nearest is mixtral: .*moe_router_score_function is sigmoid"),
     ],
 )
 def test_models_that_no_family_can_express_are_refused(change: dict, message: str) -> None:
@@ -284,7 +379,7 @@ def test_models_that_no_family_can_express_are_refused(change: dict, message: st
 
 
 def test_families_are_found() -> None:
-    assert [family_of_model(model).model_type for model in MODELS.values()] == ["llama", "llama", "qwen3", "qwen3_moe", "mixtral"]
+    assert [family_of_model(model).model_type for model in MODELS.values()] == ["llama", "llama", "qwen2", "qwen3", "qwen3_moe", "mixtral"]
     assert family_of_config({"model_type": "qwen3_moe"}) is FAMILIES["qwen3_moe"]
     with pytest.raises(ConversionError, match="padded_vocab_size is 8"):
         Dimensions.of(MODELS["llama"], 10, 8)

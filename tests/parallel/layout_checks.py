@@ -37,11 +37,11 @@ def step_save_load_step(model: dict[str, Any], layout: dict[str, Any], folder: P
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
     from torch._dynamo.utils import counters
 
-    from megalign.parallel import checkpoint
+    from megalign.parallel import checkpoint, saving
 
     run = Run(model, layout, distributed=True)
     run.step()
-    saved = checkpoint.save(folder, 1, run.chunks, run.optimizer, {"step": 1}, run.grid)
+    saved = saving.save(folder, 1, run.chunks, run.optimizer, {"step": 1}, run.grid)
     checkpoint.load(saved, run.chunks, run.optimizer, run.grid, same_generators=True)
     run.step()
     inner = [part.optimizer for part in getattr(run.optimizer, "chained_optimizers", [run.optimizer])]

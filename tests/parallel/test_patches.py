@@ -38,11 +38,11 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     },
 }
 MISSED = {
-    "device": ("one", "Torch not compiled with CUDA enabled"),
+    "device": ("one", "Torch not compiled with CUDA enabled|Cannot re-initialize CUDA|No CUDA GPUs|Found no NVIDIA driver"),
     "tensor-methods": ("one", "Wrapped parameters must be one of torch.cuda.FloatTensor"),
     "rng": ("one", "'isolated': False"),
     "no-compile": ("one", "'compiled': True"),
-    "split-sizes": ("expert", r"all_to_all_single\(\): incompatible function arguments"),
+    "split-sizes": ("expert", "incompatible function arguments"),
     "uneven-collectives": ("cut experts", "ProcessGroupGloo::allgather: invalid tensor size"),
     "te-gemm-name": ("one", "NameError.*te_general_gemm"),
     "results-queue": ("one", "'helpers': 1"),
@@ -51,6 +51,7 @@ MISSED = {
 }
 ELSEWHERE = {
     "padded-z-loss",  # tests/models/test_moe.py
+    "empty-aux-loss",
     "block-padding",  # tests/parallel/test_recompute.py
     "recompute-without-te",
 }

@@ -1,5 +1,7 @@
 """Learning-rate schedules against the numbers of the requirements and against transformers."""
 
+from typing import Any
+
 import pytest
 import torch
 import transformers
@@ -36,6 +38,32 @@ def test_every_style_equals_transformers(style, warmup, total, cycles):
         oracle.step()
 
 
+@pytest.mark.parametrize("style, theirs", [("linear", "linear"), ("cosine", "cosine"), ("minus_sqrt", "1-sqrt")])
+def test_warmup_stable_decay_equals_transformers(style, theirs):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3e-4)
+    oracle = transformers.get_wsd_schedule(optimizer, 7, 15, 60, decay_type=theirs)
+    for step in range(61):
+        ours = learning_rate(step, peak=3e-4, warmup=7, total=60, style="wsd", wsd_decay_steps=15, wsd_decay_style=style)
+        assert ours == pytest.approx(oracle.get_last_lr()[0], rel=1e-12, abs=1e-18), (style, step)
+        optimizer.step()
+        oracle.step()
+
+
+def test_warmup_stable_decay_equals_megatron():
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    optimizer: Any = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    for style in ("exponential", "minus_sqrt", "linear", "cosine"):
+        oracle = OptimizerParamScheduler(
+            optimizer, init_lr=0.0, max_lr=2.0, min_lr=0.2, lr_warmup_steps=6, lr_decay_steps=50, lr_decay_style="WSD", start_wd=0, end_wd=0,
+            wd_incr_steps=1, wd_incr_style="constant", wsd_decay_steps=12, lr_wsd_decay_style=style, use_checkpoint_opt_param_scheduler=False,
+        )  # fmt: skip
+        for step in range(51):
+            ours = learning_rate(step, peak=2.0, minimum=0.2, warmup=6, total=50, style="wsd", wsd_decay_steps=12, wsd_decay_style=style)
+            assert ours == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12), (style, step)
+            oracle.step(1)
+
+
 def test_the_floor_replaces_zero_after_warmup_only():
     def rate(step, style):
         return learning_rate(step, peak=1.0, minimum=0.1, warmup=10, total=110, style=style)
@@ -61,6 +89,9 @@ def test_restarts_return_to_the_peak():
         ({"minimum": 2.0}, "optimizer.min_lr = 2.0"),
         ({"style": "polynomial"}, "optimizer.lr_decay_style = 'polynomial'"),
         ({"cycles": 0}, "optimizer.lr_num_cycles = 0"),
+        ({"style": "wsd"}, "optimizer.lr_wsd_decay_steps = 0"),
+        ({"style": "wsd", "warmup": 40, "wsd_decay_steps": 61}, "optimizer.lr_wsd_decay_steps = 61"),
+        ({"style": "wsd", "wsd_decay_steps": 9, "wsd_decay_style": "log"}, "optimizer.lr_wsd_decay_style = 'log'"),
     ],
 )
 def test_wrong_arguments_are_named(wrong, field):

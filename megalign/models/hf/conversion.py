@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
@@ -13,13 +14,14 @@ from megalign.models.hf.table import EMBEDDING, OUTPUT, ConversionError, Dimensi
 class Conversion:
     """Every Megatron name of a model with the row it came from and its Hugging Face names."""
 
-    def __init__(self, rows: Iterable[Row], dims: Dimensions) -> None:
-        self.dims = dims
+    def __init__(self, rows: Iterable[Row], dims: Dimensions, drops_mtp: bool = False) -> None:
+        """drops_mtp: weights behind the last layer are prediction modules, which are not loaded (nor by transformers)."""
+        self.dims, self.drops_mtp = dims, drops_mtp
         self.entries: dict[str, tuple[Row, list[str]]] = {}
         for row in rows:
-            if dims.tied and row.megatron == OUTPUT:
+            if dims.tied and row.megatron == OUTPUT or any(0 in shape for shape in row.part_shapes(dims)):
                 continue
-            for layer in range(dims.num_layers if "{layer}" in row.megatron else 1):
+            for layer in dims.layers(row.layers) if "{layer}" in row.megatron else (0,):
                 for expert in range(dims.num_experts if "{expert}" in row.megatron else 1):
                     names = [name.format(layer=layer, expert=expert) for name in row.hf]
                     self.entries[row.megatron.format(layer=layer, expert=expert)] = (row, names)
@@ -43,8 +45,11 @@ class Conversion:
             )
 
     def _is_derived(self, name: str, weights: Mapping[str, Tensor]) -> bool:
-        """Rotary frequencies that old Llama files hold, and a tied head saved a second time."""
-        if name.endswith(".rotary_emb.inv_freq"):
+        """Rotary frequencies and causal masks that old files hold, prediction modules, a tied head saved a second time."""
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        if self.drops_mtp and layer and int(layer[1]) >= self.dims.num_layers:
+            return True
+        if name.endswith((".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")):
             return True
         if name != "lm_head.weight" or not self.dims.tied:
             return False

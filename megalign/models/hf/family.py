@@ -9,10 +9,12 @@ the worst kind of success.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from megalign.config.layout import layers_with_experts
 from megalign.config.schema import ModelConfig
+from megalign.models.hf import rope
 from megalign.models.hf.conversion import Conversion
 from megalign.models.hf.table import ConversionError, Dimensions, Row
 
@@ -35,36 +37,54 @@ COMMON_DEFAULTS = {"num_key_value_heads": None, "head_dim": None, "tie_word_embe
 # Two spellings of one key: transformers 5 and 4.57 each read their own, so both are written.
 ALSO_SPELLED = {"num_local_experts": "num_experts", "dtype": "torch_dtype"}
 ABSENT = object()
+# Fields that a config.json does not spell out: the family has them. Those of most families, Llama's.
+TRAITS: dict[str, Any] = {
+    "normalization": "RMSNorm",
+    "activation_func": "silu",
+    "gated_linear_unit": True,
+    "add_bias_linear": False,
+    "add_qkv_bias": False,
+    "position_embedding_type": "rope",
+    "qk_layernorm": False,
+    "multi_latent_attention": False,
+    "moe_router_score_function": "softmax",
+    "moe_router_enable_expert_bias": False,
+}
+_ROUTING = ("moe_router_num_groups", "moe_router_group_topk", "moe_router_topk_scaling_factor")
 
 
 @dataclass(frozen=True)
 class Family:
-    """A row of families. `fixed`: the only value of a config.json key whose feature is supported."""
+    """A row of families. `fixed`: the only value of a config.json key whose feature is supported.
+
+    traits: where it differs from `TRAITS`. prefix: what files saved without a head leave out of every name.
+    """
 
     model_type: str
     architecture: str
     rows: tuple[Row, ...]
-    qk_layernorm: bool
     fixed: Mapping[str, Any]
     fields: Mapping[str, str]
     defaults: Mapping[str, Any]
+    traits: Mapping[str, Any] = field(default_factory=dict)
     moe: bool = False
     fused: Mapping[str, tuple[str, str]] | None = None  # see fused.py
+    prefix: str = ""
+    drops_mtp: bool = False  # see Conversion
 
     def conversion(self, dims: Dimensions) -> Conversion:
-        return Conversion(self.rows, dims)
+        return Conversion(self.rows, dims, self.drops_mtp)
 
     def model_config_from_hf(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """`ModelConfig` fields of a config.json.
 
         Raises ConversionError for a missing key and for an unsupported feature (quantised weights, biases,
-        sliding windows, rope scaling, layers that are not all alike, ...), with key and value.
+        sliding windows, dynamic rope scaling, layers that are not all alike, ...), with key and value.
         """
         self._refuse_unsupported(config)
         fields = {field: self._read(config, key) for key, field in self.fields.items()}
-        fields["rotary_base"] = self._rotary_base(config)
-        fields["qk_layernorm"] = self.qk_layernorm
-        fields |= {"moe_shared_expert_intermediate_size": None}
+        absent = {"moe_shared_expert_intermediate_size": None, "moe_layer_freq": 1, **dict.fromkeys(_ROUTING)}
+        fields = absent | fields | TRAITS | dict(self.traits) | self.rope_fields(config)
         if self.moe:
             fields = {"ffn_hidden_size": fields["moe_ffn_hidden_size"], "moe_norm_topk_prob": True} | fields
         else:
@@ -97,8 +117,7 @@ class Family:
         config = {"architectures": [self.architecture], "model_type": self.model_type, "dtype": dtype}
         config |= {key: resolved[field] for key, field in self.fields.items()}
         config |= dict(self.fixed) | {"attention_dropout": model.attention_dropout, "use_cache": True}
-        config |= {"rope_theta": model.rotary_base, "rope_scaling": None}
-        config |= {"rope_parameters": {"rope_type": "default", "rope_theta": model.rotary_base}}
+        config |= self.rope_keys(model)
         config |= {"bos_token_id": None, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
         if self.moe:
             config |= {"router_aux_loss_coef": model.moe_aux_loss_coeff, "output_router_logits": False}
@@ -106,20 +125,48 @@ class Family:
 
     def check_model(self, model: ModelConfig) -> None:
         """Raises ConversionError when a field of `model` has no counterpart in this family."""
-        problems = []
-        if model.qk_layernorm != self.qk_layernorm:
-            problems.append(f"model.qk_layernorm is {model.qk_layernorm}, which it needs to be {self.qk_layernorm}")
-        if bool(model.num_moe_experts) != self.moe:
-            problems.append(f"model.num_moe_experts is {model.num_moe_experts}")
-        if model.moe_shared_expert_intermediate_size is not None:
-            problems.append(
-                f"model.moe_shared_expert_intermediate_size is {model.moe_shared_expert_intermediate_size}, "
-                "and the format has no shared expert"
-            )
-        if self.moe and "norm_topk_prob" not in self.fields and not model.moe_norm_topk_prob:
-            problems.append("model.moe_norm_topk_prob is False, and the format always rescales the chosen probabilities")
-        if problems:
+        if problems := self.problems(model):
             raise ConversionError(f"the model cannot be written as {self.architecture}: " + "; ".join(problems))
+
+    def has_traits_of(self, model: ModelConfig) -> bool:
+        """Whether `model` is of this kind; `check_model` says whether it can be written."""
+        traits = {**TRAITS, **self.traits}
+        return bool(model.num_moe_experts) == self.moe and all(getattr(model, name) == value for name, value in traits.items())
+
+    def problems(self, model: ModelConfig) -> list[str]:
+        """What of `model` the format cannot say."""
+        traits = {**TRAITS, **self.traits}
+        wrong = [f"model.{name} is {getattr(model, name)}, which it needs to be {value}" for name, value in traits.items() if getattr(model, name) != value]
+        if bool(model.num_moe_experts) != self.moe:
+            wrong.append(f"model.num_moe_experts is {model.num_moe_experts}")
+        if not self.moe:
+            return wrong
+        if not all(layers_with_experts(model)):
+            wrong += self.problems_of_dense_layers(model)
+        if model.moe_shared_expert_intermediate_size is not None:
+            wrong += self.problems_of_shared_expert(model)
+        for name in set(_ROUTING) - set(self.fields.values()):
+            if getattr(model, name) is not None:
+                wrong.append(f"model.{name} is {getattr(model, name)}, and the format has no such routing")
+        if not {"norm_topk_prob"} & (set(self.fields) | set(self.fixed)) and not model.moe_norm_topk_prob:
+            wrong.append("model.moe_norm_topk_prob is False, and the format always rescales the chosen probabilities")
+        return wrong
+
+    def problems_of_dense_layers(self, model: ModelConfig) -> list[str]:
+        return [f"model.moe_layer_freq is {model.moe_layer_freq}, and the format has experts in every layer"]
+
+    def problems_of_shared_expert(self, model: ModelConfig) -> list[str]:
+        width = model.moe_shared_expert_intermediate_size
+        return [f"model.moe_shared_expert_intermediate_size is {width}, and the format has no shared expert"]
+
+    def rope_fields(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The rotary fields of `ModelConfig` of a config.json."""
+        theta = self.defaults.get("rope_theta", ABSENT)
+        return rope.fields(config, self.model_type, None if theta is ABSENT else theta)
+
+    def rope_keys(self, model: ModelConfig) -> dict[str, Any]:
+        """The rotary keys of config.json of a model."""
+        return rope.keys(model)
 
     def _refuse_unsupported(self, config: Mapping[str, Any]) -> None:
         for key, supported in {"quantization_config": None, "partial_rotary_factor": 1.0, **self.fixed}.items():
@@ -128,14 +175,6 @@ class Family:
                 raise self._unsupported(key, value, f"only {supported!r} is supported")
         if windowed := [kind for kind in config.get("layer_types") or () if kind != "full_attention"]:
             raise self._unsupported("layer_types", windowed, "only 'full_attention' is supported")
-
-    def _rotary_base(self, config: Mapping[str, Any]) -> float:
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
-            key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
-            raise self._unsupported(key, dict(rope), "only plain rotary positions are supported (no rope scaling)")
-        return float(rope["rope_theta"] if "rope_theta" in rope else self._read(config, "rope_theta"))
 
     def _read(self, config: Mapping[str, Any], key: str) -> Any:
         other = ALSO_SPELLED.get(key, key)

@@ -45,6 +45,8 @@ class HFWeights(Mapping[str, Tensor]):
         shapes = {name: tuple(self._files[file].get_slice(name).get_shape()) for name, file in file_of.items()}
         family = FAMILIES.get(config.get("model_type", ""))
         self._locations = locate(shapes, family.fused if family else None)
+        if family and not any(name.startswith(family.prefix) for name in shapes):
+            self._locations = {family.prefix + name: location for name, location in self._locations.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         stored, index = self._locations[name]
@@ -87,6 +89,9 @@ def read_hf(folder: str | Path) -> HFWeights:
         unlisted = sorted(f"{name} in {file}" for name, file in held - set(file_of.items()))
         raise ConversionError(f"{folder}: {len(problems)} disagreements between {INDEX} and files: absent {absent}, not listed {unlisted}")
     return HFWeights(folder, config, file_of)
+
+
+KEPT_IN_FP32 = ("e_score_correction_bias",)  # smaller steps than BF16 has; transformers keeps them too
 
 
 def write_hf(
@@ -157,7 +162,8 @@ def _fill_shards(named_tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype
         if name in seen:
             raise ConversionError(f"{name} came twice in the stream of weights")
         seen.add(name)
-        written = tensor.detach().to("cpu", dtype, copy=True).contiguous()
+        kept = torch.float32 if name.endswith(KEPT_IN_FP32) else dtype
+        written = tensor.detach().to("cpu", kept, copy=True).contiguous()
         if shard and shard_bytes + written.nbytes > max_bytes:
             yield shard
             shard, shard_bytes = {}, 0

@@ -1,4 +1,4 @@
-"""Llama (1 to 3; the 3.1 line and its rope scaling are refused)."""
+"""Llama, 1 to 3.3."""
 
 from __future__ import annotations
 
@@ -32,7 +32,6 @@ LLAMA = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
     rows=ENDS + ATTENTION + DENSE_MLP,
-    qk_layernorm=False,
     fixed={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
     fields=COMMON_FIELDS,
     defaults=COMMON_DEFAULTS | {"rope_theta": 10000.0},

@@ -20,7 +20,6 @@ MIXTRAL = Family(
     model_type="mixtral",
     architecture="MixtralForCausalLM",
     rows=ENDS + ATTENTION + EXPERTS,
-    qk_layernorm=False,
     fixed={"hidden_act": "silu", "sliding_window": None},
     fields=COMMON_FIELDS
     | {

@@ -21,7 +21,7 @@ QWEN3_MOE = Family(
     model_type="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
     rows=ENDS + ATTENTION + QK_NORM + EXPERTS,
-    qk_layernorm=True,
+    traits={"qk_layernorm": True},
     fixed={
         "hidden_act": "silu",
         "attention_bias": False,

@@ -6,14 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from megalign.config.schema import ModelConfig
+from megalign.models.hf.deepseek_v2 import DEEPSEEK_V2
+from megalign.models.hf.deepseek_v3 import DEEPSEEK_V3
 from megalign.models.hf.family import Family
+from megalign.models.hf.gpt2 import GPT2
 from megalign.models.hf.llama import LLAMA
 from megalign.models.hf.mixtral import MIXTRAL
+from megalign.models.hf.qwen2 import QWEN2
 from megalign.models.hf.qwen3 import QWEN3
 from megalign.models.hf.qwen3_moe import QWEN3_MOE
 from megalign.models.hf.table import ConversionError
 
-FAMILIES = {family.model_type: family for family in (LLAMA, QWEN3, QWEN3_MOE, MIXTRAL)}
+FAMILIES = {family.model_type: family for family in (LLAMA, QWEN2, QWEN3, QWEN3_MOE, MIXTRAL, GPT2, DEEPSEEK_V2, DEEPSEEK_V3)}
 
 
 def family_of_config(config: Mapping[str, Any]) -> Family:
@@ -27,10 +31,11 @@ def family_of_config(config: Mapping[str, Any]) -> Family:
 def family_of_model(model: ModelConfig) -> Family:
     """The family in which `model` is written. Raises ConversionError when none can express it."""
     for family in FAMILIES.values():
-        if (family.qk_layernorm, family.moe) == (model.qk_layernorm, model.num_moe_experts is not None):
+        if family.has_traits_of(model):
             family.check_model(model)
             return family
-    raise AssertionError("the four families cover every pair of qk_layernorm and experts")
+    nearest = min(FAMILIES.values(), key=lambda family: len(family.problems(model)))
+    raise ConversionError(f"no family has these traits; the nearest is {nearest.model_type}: " + "; ".join(nearest.problems(model)))
 
 
 def model_config_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:

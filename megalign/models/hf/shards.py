@@ -21,6 +21,7 @@ class Place:
     """Where a rank (or one of its virtual stages) stands in the model.
 
     `layer_offset` and `expert_offset`: global number of its first layer and of its first expert.
+    `gated`: the first projection of an MLP is [gate; up].
     """
 
     tensor_rank: int = 0
@@ -29,6 +30,7 @@ class Place:
     expert_tensor_size: int = 1
     layer_offset: int = 0
     expert_offset: int = 0
+    gated: bool = True
 
 
 class Whole:
@@ -89,20 +91,35 @@ LAYER_CUTS: dict[str, Cut] = {
     "self_attention.q_layernorm.weight": Whole,
     "self_attention.k_layernorm.weight": Whole,
     "self_attention.linear_proj.weight": Columns,
+    "self_attention.linear_q_proj.weight": Rows,
+    "self_attention.linear_q_down_proj.weight": Whole,
+    "self_attention.linear_q_up_proj.weight": Rows,
+    "self_attention.linear_kv_down_proj.weight": Whole,
+    "self_attention.kv_layernorm.weight": Whole,
+    "self_attention.linear_kv_up_proj.weight": Rows,
     "pre_mlp_layernorm.weight": Whole,
     "mlp.linear_fc1.weight": GatedRows,
     "mlp.linear_fc2.weight": Columns,
     "mlp.router.weight": Whole,
+    "mlp.router.expert_bias": Whole,
     EXPERT + "linear_fc1.weight": GatedRows,  # over the expert-tensor ranks
     EXPERT + "linear_fc2.weight": Columns,
     "mlp.shared_experts.linear_fc1.weight": GatedRows,
     "mlp.shared_experts.linear_fc2.weight": Columns,
     "mlp.shared_experts.gate_weight": Whole,
+    "input_layernorm.bias": Whole,
+    "self_attention.linear_qkv.bias": Rows,
+    "self_attention.linear_proj.bias": Whole,
+    "pre_mlp_layernorm.bias": Whole,
+    "mlp.linear_fc1.bias": GatedRows,
+    "mlp.linear_fc2.bias": Whole,
 }
 CUTS: dict[str, Cut] = {
     "embedding.word_embeddings.weight": Rows,
+    "embedding.position_embeddings.weight": Whole,
     **{"decoder.layers.{layer}." + name: cut for name, cut in LAYER_CUTS.items()},
     "decoder.final_layernorm.weight": Whole,
+    "decoder.final_layernorm.bias": Whole,
     "output_layer.weight": Rows,
 }
 
@@ -130,7 +147,7 @@ def local_from_full(name: str, full: Tensor, place: Place) -> Tensor:
 
     Raises ConversionError for a name outside the table and when the ranks do not divide the dimension.
     """
-    cut = cut_of(name)
+    cut = cut_of(name, place.gated)
     rank, size = _position(name, place)
     dim = 1 if cut is Columns else 0
     pieces = full.shape[dim] // 2 if cut is GatedRows else full.shape[dim]
@@ -140,18 +157,19 @@ def local_from_full(name: str, full: Tensor, place: Place) -> Tensor:
     return cut.cut(full, rank, size).contiguous()
 
 
-def full_from_locals(name: str, locals_: Sequence[Tensor]) -> Tensor:
+def full_from_locals(name: str, locals_: Sequence[Tensor], gated: bool = True) -> Tensor:
     """The full weight from the parts of all (expert-)tensor ranks, in rank order: inverse of `local_from_full`."""
-    return cut_of(name).join(locals_)
+    return cut_of(name, gated).join(locals_)
 
 
-def cut_of(name: str) -> Cut:
-    """The kind of cut of a global name. Raises ConversionError for a name outside the table."""
+def cut_of(name: str, gated: bool = True) -> Cut:
+    """The kind of cut of a global name. gated: MLPs are. Raises ConversionError for a name outside the table."""
     kind = re.sub(r"^(decoder\.layers\.)\d+", r"\1{layer}", name)
     kind = re.sub(r"(local_experts\.)\d+", r"\1{expert}", kind)
     if kind not in CUTS:
         raise ConversionError(f"no rule says how {name!r} is cut over tensor-parallel ranks; add it to CUTS in {__name__}")
-    return CUTS[kind]
+    cut = CUTS[kind]
+    return Rows if cut is GatedRows and not gated else cut
 
 
 def _is_expert(name: str) -> bool:

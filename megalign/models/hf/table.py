@@ -4,18 +4,23 @@ A row names a Megatron weight, the Hugging Face weights it is made of and their 
 several become one. `{layer}` and `{expert}` run over the model's global numbers. Tensors are full here,
 never shards (`shards.py` cuts them), and only moved, so a round trip is bitwise.
 
-Shapes: V vocabulary, D hidden, d head size, Q = heads * d query rows, K = groups * d key (or value) rows,
-F width of the dense MLP, E experts, I width of one expert.
+Shapes: V vocabulary, N learned positions, D hidden, d head size, Q = heads * d query rows, K = groups * d key (or
+value) rows, T = Q + 2 K, F width of the dense MLP, E experts, I width of one expert, S of the shared expert.
+Multi-latent attention: R rank of the queries' latent, L of the keys' and values', C = L and the shared rotary key,
+P query rows made from the latent, p query rows made directly, U rows of keys and values, O rows of all value heads.
+A size of 0 says that the model has no such weight: the row is left out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from megalign.config.layout import layers_with_experts
 from megalign.config.schema import ModelConfig
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -36,6 +41,7 @@ class Dimensions:
     vocab_size: int
     padded_vocab_size: int
     tied: bool
+    has_experts: tuple[bool, ...]  # of each layer
     sizes: Mapping[str, int]  # of the letters in the module's docstring
 
     @classmethod
@@ -50,8 +56,19 @@ class Dimensions:
         experts = model.num_moe_experts or 0
         sizes = {"V": vocab_size, "D": model.hidden_size, "d": head_size, "Q": heads * head_size, "K": groups * head_size}
         sizes |= {"F": model.ffn_hidden_size, "E": experts, "I": model.moe_ffn_hidden_size or model.ffn_hidden_size}
+        sizes |= {"S": model.moe_shared_expert_intermediate_size or 0, "N": model.max_position_embeddings}
+        sizes["T"] = sizes["Q"] + 2 * sizes["K"]
+        query_rows, rank = heads * (model.qk_head_dim + model.qk_pos_emb_head_dim), model.q_lora_rank or 0
+        sizes |= {"R": rank, "P": query_rows if rank else 0, "p": 0 if rank else query_rows}
+        sizes |= {"L": model.kv_lora_rank, "C": model.kv_lora_rank + model.qk_pos_emb_head_dim}
+        sizes |= {"U": heads * (model.qk_head_dim + model.v_head_dim), "O": heads * model.v_head_dim}
         tied = model.share_embeddings_and_output_weights
-        return cls(model.num_layers, groups, experts, vocab_size, padded, tied, sizes)
+        return cls(model.num_layers, groups, experts, vocab_size, padded, tied, tuple(layers_with_experts(model)), sizes)
+
+    def layers(self, kind: str) -> list[int]:
+        """Numbers of the layers of a `kind`: "all", "dense" or "experts"."""
+        wanted = {"all": (True, False), "dense": (False,), "experts": (True,)}[kind]
+        return [layer for layer, experts in enumerate(self.has_experts) if experts in wanted]
 
     def shape(self, letters: str) -> tuple[int, ...]:
         return tuple(self.sizes[letter] for letter in letters)
@@ -63,6 +80,7 @@ class Row:
 
     megatron: str
     hf: Mapping[str, str]
+    layers: Literal["all", "dense", "experts"] = "all"  # which layers have it
 
     def part_shapes(self, dims: Dimensions) -> list[tuple[int, ...]]:
         return [dims.shape(letters) for letters in self.hf.values()]
@@ -120,6 +138,36 @@ class MergeQKV(Row):
         return [part.flatten(0, 1) for part in by_group]
 
 
+class Transposed(Row):
+    """[in, out] there, [out, in] here."""
+
+    def whole_shape(self, dims: Dimensions) -> tuple[int, ...]:
+        return tuple(reversed(self.part_shapes(dims)[0]))
+
+    def merge(self, parts: list[Tensor], dims: Dimensions) -> Tensor:
+        return parts[0].t().contiguous()
+
+    def split(self, whole: Tensor, dims: Dimensions) -> list[Tensor]:
+        return [whole.t().contiguous()]
+
+
+class TransposedQKV(Row):
+    """Query, key and value side by side in one [in, out] weight or bias; interleaved by group here, like `MergeQKV`."""
+
+    def whole_shape(self, dims: Dimensions) -> tuple[int, ...]:
+        return tuple(reversed(self.part_shapes(dims)[0]))
+
+    def merge(self, parts: list[Tensor], dims: Dimensions) -> Tensor:
+        rows = [dims.sizes["Q"], dims.sizes["K"], dims.sizes["K"]]
+        return _GROUPS.merge(list(parts[0].t().split(rows)), dims)
+
+    def split(self, whole: Tensor, dims: Dimensions) -> list[Tensor]:
+        return [torch.cat(_GROUPS.split(whole, dims)).t().contiguous()]
+
+
+_GROUPS = MergeQKV("", {"query": "Q", "key": "K", "value": "K"})  # the interleaving alone
+
+
 class MergeGateUp(Row):
     """SwiGLU's two input projections, all gate rows and then all up rows."""
 
@@ -133,3 +181,8 @@ class MergeGateUp(Row):
 def under(megatron: str, hf: str, *rows: Row) -> tuple[Row, ...]:
     """`rows` with both sides' names prefixed."""
     return tuple(replace(row, megatron=megatron + row.megatron, hf={hf + name: s for name, s in row.hf.items()}) for row in rows)
+
+
+def only(layers: Literal["dense", "experts"], rows: tuple[Row, ...]) -> tuple[Row, ...]:
+    """`rows` of those layers alone, in a model that has both kinds."""
+    return tuple(replace(row, layers=layers) for row in rows)
