@@ -80,6 +80,34 @@ def validate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def plan(
+    what: Annotated[str, typer.Argument(metavar="MODEL_OR_RECIPE", help="A preset (llama3-8b), a Hugging Face folder, or a recipe.", show_default=False)],
+    overrides: Overrides = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="List the layouts of so many devices that fit, fastest first.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="Kind of device, e.g. h100-80gb; cpu: this machine, measured.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(min=8, help="Tokens of a row.")] = None,
+    algorithm: Annotated[str, typer.Option(help="sft, dpo, ppo or grpo: which models are in memory.")] = "sft",
+    reward_model: Annotated[bool, typer.Option("--reward-model", help="grpo: rewards come from a model, not from a verifier.")] = False,
+    top: Annotated[int, typer.Option(min=1, help="How many layouts.")] = 10,
+    as_json: Annotated[bool, typer.Option("--json", help="Numbers, for other programs.")] = False,
+) -> None:
+    """Parameters, memory, communication and step time before anything is loaded; with --gpus, which layout to take."""
+    from megalign.planner import plan as print_plan
+
+    print_plan(
+        what,
+        overrides or [],
+        gpus=gpus,
+        gpu=gpu,
+        sequence_length=sequence_length,
+        algorithm=algorithm,
+        reward_model=reward_model,
+        top=top,
+        as_json=as_json,
+    )
+
+
+@app.command()
 def chat(
     checkpoint: Annotated[Path, typer.Argument(help="A run folder, or one of its checkpoints.", show_default=False)],
     overrides: Overrides = None,

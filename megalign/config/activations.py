@@ -62,7 +62,9 @@ def layer_tensors(recipe: Recipe, layout: Layout, number: int, device: str = "cu
         *_norm("pre_mlp_layernorm", "layernorm", hidden / full, width, device),
     ]
     if not has_experts(model, number):
-        return [*tensors, *_mlp("mlp", "mlp", model.ffn_hidden_size / tp, width)]
+        # Gated: [gate, up], silu(gate), and their product twice, as it left the multiplication and as fc2's input.
+        copies = 5 if getattr(model, "gated_linear_unit", True) else 2
+        return [*tensors, Kept("mlp", "mlp", copies * width * model.ffn_hidden_size / tp)]
     return [*tensors, *_experts(model, layout, full, width)]
 
 
@@ -91,11 +93,6 @@ def _attention(model: ModelConfig, layout: Layout, width: int, device: str) -> l
     return tensors
 
 
-def _mlp(name: str, part: str, size: float, width: int) -> list[Kept]:
-    """[gate, up], silu(gate), their product twice (as it left the multiplication, and as fc2's input)."""
-    return [Kept(name, part, 5 * width * size)]
-
-
 def _experts(model: ModelConfig, layout: Layout, full: int, width: int) -> list[Kept]:
     """A choice brings its token, permuted (and gathered over etp), and [gate, up], silu, product, weighted product
     of a slice of the width; balanced routing."""
@@ -107,8 +104,8 @@ def _experts(model: ModelConfig, layout: Layout, full: int, width: int) -> list[
         Kept("router", "moe", (4 * FP32 * experts + model.moe_router_topk * 16) / full),
     ]
     if model.moe_shared_expert_intermediate_size:
-        shared = _mlp("shared expert", "shared_experts", model.moe_shared_expert_intermediate_size / layout.tp, width)
-        tensors += shared
+        shared = 5 * width * model.moe_shared_expert_intermediate_size / layout.tp
+        tensors.append(Kept("shared expert", "shared_experts", shared))
     return tensors
 
 

@@ -18,7 +18,7 @@ from megalign.config.rules import warnings
 from megalign.config.schema import Recipe
 from megalign.config.size import Counts, count_parameters
 
-__all__ = ["Counts", "count_parameters", "describe_plan", "memory_per_rank", "padded_vocab"]
+__all__ = ["Counts", "count_parameters", "describe_plan", "human_bytes", "human_count", "memory_per_rank", "padded_vocab", "plain_table"]
 
 
 def describe_plan(
@@ -52,7 +52,7 @@ def describe_plan(
 def _model_table(recipe: Recipe, layout: Layout, vocab: int) -> Table:
     rows = padded_vocab(vocab, layout.tp)
     counts = count_parameters(recipe.model, rows)
-    table = _table("parameters", "part", "parameters")
+    table = plain_table("parameters", "part", "parameters")
     for part, count in counts.by_part.items():
         table.add_row(part, human_count(count))
     table.add_row("total", f"{human_count(counts.total)}  ({counts.total:,})", style="bold")
@@ -66,7 +66,7 @@ def _model_table(recipe: Recipe, layout: Layout, vocab: int) -> Table:
 
 def _memory_table(recipe: Recipe, layout: Layout, vocab: int) -> Table:
     stages = memory_per_rank(recipe, vocab, layout.world)
-    table = _table(
+    table = plain_table(
         f"memory of one rank ({layout.world} ranks, {recipe.train.precision})",
         "part",
         *(f"stage {stage['stage']}" for stage in stages) if len(stages) > 1 else ["each"],
@@ -87,7 +87,7 @@ def _memory_table(recipe: Recipe, layout: Layout, vocab: int) -> Table:
 
 def _run_table(recipe: Recipe, layout: Layout, rows: Mapping[str, Any]) -> Table:
     train, length = recipe.train, recipe.data.sequence_length
-    table = _table("run", "what", "value")
+    table = plain_table("run", "what", "value")
     sizes = f"tp({layout.tp}) * pp({layout.pp}) * cp({layout.cp}) * dp({layout.dp}) = {layout.world} ranks"
     if recipe.model.num_moe_experts is not None:
         sizes += f"; experts: etp({layout.etp}) * ep({layout.ep}) * dp({layout.expert_dp}) * pp({layout.pp})"
@@ -122,7 +122,8 @@ def _learning_rate(recipe: Recipe, layout: Layout) -> str:
     return text
 
 
-def _table(title: str, first: str, *columns: str) -> Table:
+def plain_table(title: str, first: str, *columns: str) -> Table:
+    """A borderless table; the columns after the first stand right, a single one left."""
     table = Table(
         title=title,
         title_justify="left",

@@ -6,10 +6,15 @@ says how far a run is from what torch's own matmul reaches here, today, next to 
 
 from __future__ import annotations
 
+import socket
+import threading
 import time
 from functools import cache
 
 import torch
+
+from megalign.config.hardware import Device
+from megalign.parallel.init import cpu_cores
 
 MEASURED_SECONDS = 0.2
 # Large enough to be bound by arithmetic, small enough for a few rounds in the time above.
@@ -56,6 +61,52 @@ def _best_seconds(size: int, dtype: torch.dtype, device: torch.device) -> float:
     while sum(timings) < MEASURED_SECONDS:
         timings.append(seconds_for_one())
     return min(timings)
+
+
+def measured_cpu(ranks: int, precision: str) -> Device:
+    """This machine as `ranks` devices of one thread each, its cores shared when there are fewer: measured, about 1 s.
+
+    Matmul by `device_peak_flops`, memory by copying 64 MB, the wire by a loopback socket, over which gloo sends.
+    """
+    import psutil
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        share = min(1.0, cpu_cores() / ranks)
+        peak = device_peak_flops(torch.bfloat16 if precision == "bf16" else torch.float32, "cpu") * share
+        copied = _copy_rate() * share
+    finally:
+        torch.set_num_threads(threads)
+    memory, wire = psutil.virtual_memory().total / ranks, _socket_rate() * share
+    return Device("cpu", memory, peak, peak, copied, wire, wire, ranks, f"measured here, {cpu_cores()} cores", matmul_share=1.0, kind="cpu")
+
+
+def _copy_rate(size: int = 64 * 2**20) -> float:
+    """Bytes read and written a second by a copy."""
+    source, target = torch.ones(size // 4), torch.empty(size // 4)
+    best = float("inf")
+    for _ in range(6):
+        started = time.perf_counter()
+        target.copy_(source)
+        best = min(best, time.perf_counter() - started)
+    return 2 * size / best
+
+
+def _socket_rate(size: int = 32 * 2**20) -> float:
+    """Bytes a second through a TCP connection of this machine to itself."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        sender = socket.create_connection(server.getsockname())
+        receiver, _ = server.accept()
+    with sender, receiver:
+        thread = threading.Thread(target=sender.sendall, args=(bytes(size),))
+        started = time.perf_counter()
+        thread.start()
+        buffer, got = bytearray(2**20), 0
+        while got < size:
+            got += receiver.recv_into(buffer)
+        thread.join()
+        return size / (time.perf_counter() - started)
 
 
 def model_flops_per_token(

@@ -1,0 +1,188 @@
+"""CPU seconds of a training step against sequence length, layers, experts and ranks, with the plan's prediction beside them.
+
+    python benchmarks/plan/run.py [--steps 4]
+
+Each point is a real step of megalign's engine in processes of their own. Counted are CPU seconds of a rank, so that
+what else the machine does matters little; waiting for other ranks is not in them. The peaks of a core (matmul, memory
+copy, loopback) are measured by the same processes just before. Of the steps the fastest counts, as of the peaks. Writes benchmarks/results/plan_cost.json, docs/plan-cost.svg and docs/plan-cost.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+BASE = {"num_layers": 4, "hidden_size": 256, "ffn_hidden_size": 768, "num_attention_heads": 4, "num_query_groups": 2}
+EXPERTS = {"moe_ffn_hidden_size": 256, "moe_router_topk": 2, "moe_aux_loss_coeff": 0.01}
+VOCABULARY = 2048
+SWEEPS: dict[str, list[dict[str, Any]]] = {
+    "sequence length": [{"x": length, "data": {"sequence_length": length}} for length in (128, 256, 512, 1024)],
+    "layers": [{"x": layers, "model": {"num_layers": layers}} for layers in (2, 4, 8, 12)],
+    "experts": [{"x": count, "model": {**EXPERTS, "num_moe_experts": count}} for count in (2, 4, 8, 16)],
+    "data-parallel ranks": [{"x": ranks, "ranks": ranks} for ranks in (1, 2, 4)],
+}
+STYLE = """<style>
+svg { font: 12px system-ui, sans-serif; background: #fff; } text { fill: #555; } path { fill: none; }
+.grid, .axis { stroke: #e4e4df; } .end { text-anchor: end; } .mid { text-anchor: middle; } .name { fill: #222; font-weight: 600; }
+.c1 { stroke: #2c5fc4; stroke-width: 2; } circle.c1 { fill: #2c5fc4; } .c2 { stroke: #cc5a1e; stroke-width: 1.5; stroke-dasharray: 5 3; }
+</style>"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        worker(json.loads(arguments.worker), arguments.steps)
+        return
+    sweeps: dict[str, list[dict[str, Any]]] = {}
+    for name, points in SWEEPS.items():
+        sweeps[name] = []
+        for ranks in sorted({point.get("ranks", 1) for point in points}):
+            sweeps[name] += measured([point for point in points if point.get("ranks", 1) == ranks], ranks, arguments.steps)
+        for point in sweeps[name]:
+            print(f"{name} {point['x']}: measured {point['measured']:.3f} s, predicted {point['predicted']:.3f} s", flush=True)
+    machine = {"cpu": cpu(), "cores": len(os.sched_getaffinity(0)), "load_average": os.getloadavg(), "python": platform.python_version()}
+    versions = {name: version(name) for name in ("torch", "megatron-core")}
+    result = {"command": "python benchmarks/plan/run.py", "machine": machine, "versions": versions, "model": BASE, "sweeps": sweeps}
+    (ROOT / "benchmarks" / "results" / "plan_cost.json").write_text(json.dumps(result, indent=1) + "\n")
+    (ROOT / "docs" / "plan-cost.svg").write_text(drawing(sweeps))
+    (ROOT / "docs" / "plan-cost.md").write_text(page(result))
+
+
+def measured(points: list[dict[str, Any]], ranks: int, steps: int) -> list[dict[str, Any]]:
+    """Run the points in one world of `ranks` processes; rank 0 answers."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, str(Path(__file__)), "--worker", json.dumps(points), "--steps", str(steps)]
+    common = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    started = [
+        subprocess.Popen(command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for rank in range(ranks)
+    ]
+    outputs = [process.communicate(timeout=900) for process in started]
+    for process, (_, errors) in zip(started, outputs, strict=True):
+        if process.returncode:
+            raise SystemExit(f"a rank failed:\n{errors[-3000:]}")
+    return json.loads(outputs[0][0].strip().splitlines()[-1])
+
+
+def worker(points: list[dict[str, Any]], steps: int) -> None:
+    """One rank: peaks, then the steps of every point."""
+    import numpy as np
+    import torch
+    import torch.distributed as dist
+
+    from megalign.batch import collate
+    from megalign.config.layout import layout_of, padded_vocab
+    from megalign.config.predict import step_time
+    from megalign.config.schema import Recipe
+    from megalign.data.rows import Example
+    from megalign.parallel.grid import destroy_grid
+    from megalign.parallel.init import init, shutdown
+    from megalign.sft import token_loss
+    from megalign.trainer.engine import Engine
+    from megalign.trainer.peaks import measured_cpu
+    from megalign.trainer.run import grid_of
+
+    world = init()
+    torch.set_num_threads(1)
+    numbers = np.random.default_rng(0)
+    answers = []
+    for point in points:
+        recipe = Recipe.model_validate(
+            {"model": {**BASE, **point.get("model", {})}, "data": {"sequence_length": 256, **point.get("data", {})}, "train": {"global_batch_size": 8}}
+        )
+        layout, length = layout_of(recipe, world.size), recipe.data.sequence_length
+        engine = Engine(recipe, grid_of(recipe, world), VOCABULARY)
+        batches = [
+            collate([[Example(numbers.integers(0, VOCABULARY, length).astype(np.int32), np.arange(length) > 0)]], sequence_length=length, pad_id=0)
+            for _ in range(layout.microbatches)
+        ]
+        engine.train_step(batches, token_loss, 1e-4, 1)  # warm-up
+        device = measured_cpu(1, "fp32")
+        if world.size > 1:
+            dist.barrier()
+        seconds = []
+        for step in range(steps):
+            started = time.process_time()
+            engine.train_step(batches, token_loss, 1e-4, step + 2)
+            seconds.append(time.process_time() - started)
+        predicted = step_time(recipe, layout, padded_vocab(VOCABULARY, layout.tp), device)
+        answers.append({"x": point["x"], "measured": min(seconds), "predicted": predicted.total, "parts": predicted.as_dict(),
+                        "peaks": {"flops": device.fp32, "memory_bandwidth": device.memory_bandwidth, "link": device.link}})  # fmt: skip
+        destroy_grid()
+        from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+
+        get_moe_layer_wise_logging_tracker().clear()
+    shutdown()
+    if world.rank == 0:
+        print(json.dumps(answers))
+
+
+def drawing(sweeps: dict[str, list[dict[str, Any]]]) -> str:
+    """Four charts, two by two: measured (dots and line) and predicted (dashed)."""
+    from megalign.report.svg import Curve, line_chart
+
+    width, height, parts = 508, 220, []
+    for number, (name, points) in enumerate(sweeps.items()):
+        xs = [point["x"] for point in points]
+        curves = [
+            Curve("measured", 1, xs, [point["measured"] for point in points]),
+            Curve("measured", 1, xs, [point["measured"] for point in points], kind="dots"),
+            Curve("predicted", 2, xs, [point["predicted"] for point in points]),
+        ]
+        chart = line_chart(name, curves, from_zero=True, spell=lambda value: f"{value:.2f} s")
+        assert chart is not None
+        inner = str(chart.svg)
+        inner = inner[inner.index(">") + 1 : inner.rindex("</svg>")]
+        at = f"translate({number % 2 * (width + 16)} {number // 2 * (height + 36) + 28})"
+        parts.append(f'<g transform="{at}"><text class="name" x="58" y="-4">CPU seconds of a rank against {name}</text>{inner}</g>')
+    legend = '<text class="name" x="58" y="546">solid with dots: measured; dashed: predicted by megalign plan</text>'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * width + 16} 560" role="img">{STYLE}{"".join(parts)}{legend}</svg>\n'
+
+
+def page(result: dict[str, Any]) -> str:
+    machine, versions = result["machine"], result["versions"]
+    ratios = [point["predicted"] / point["measured"] for points in result["sweeps"].values() for point in points]
+    lines = [
+        "# What a step costs, and what the plan says",
+        "",
+        "Written by `python benchmarks/plan/run.py`; every number below is its output.",
+        "",
+        f"{machine['cores']} cores ({machine['cpu']}), load average {machine['load_average'][0]:.1f} at the end, torch {versions['torch']}, "
+        f"megatron-core {versions['megatron-core']}. FP32, 8 rows a step, one thread a rank; the base model has "
+        f"{BASE['num_layers']} layers of width {BASE['hidden_size']}, 256 tokens a row. CPU seconds of a rank: waiting for others is not in them.",
+        "",
+        "The prediction knows matmuls, memory traffic and bytes sent, at peaks measured beside each point, and neither latency nor Python: "
+        f"predicted / measured is {min(ratios):.2f} to {max(ratios):.2f}.",
+        "",
+        "![cost of a step](plan-cost.svg)",
+        "",
+        "| sweep | value | measured | predicted | predicted / measured |",
+        "|---|---|---|---|---|",
+    ]
+    for name, points in result["sweeps"].items():
+        lines += [f"| {name} | {p['x']} | {p['measured']:.3f} s | {p['predicted']:.3f} s | {p['predicted'] / p['measured']:.2f} |" for p in points]
+    return "\n".join(lines) + "\n"
+
+
+def cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+if __name__ == "__main__":
+    main()

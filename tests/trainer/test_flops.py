@@ -1,0 +1,65 @@
+"""The plan's FLOPs against torch's own count of a real forward and backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from memory_checks import rows
+from ranks import run_ranks
+from test_memory import DENSE, MOE, UNIFORM, VOCABULARY, case, selective
+
+from megalign.config.layout import layout_of, padded_vocab
+from megalign.config.predict import microbatch_flops
+from megalign.config.schema import Recipe
+
+CASES = [case(DENSE, {}), case({**DENSE, "share_embeddings_and_output_weights": True}, {}), case(MOE, {}), case(DENSE, {}, **UNIFORM),
+         case(DENSE, {}, **selective("mlp")), case(MOE, {}, **selective("moe"))]  # fmt: skip
+
+
+def count(cases: list) -> list[float]:
+    """FLOPs of one step of each recipe."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from megalign.parallel.grid import destroy_grid
+    from megalign.sft import token_loss
+    from megalign.trainer.engine import Engine
+    from megalign.trainer.run import grid_of
+
+    found = []
+    for given in cases:
+        recipe = Recipe.model_validate(given)
+        engine = Engine(recipe, grid_of(recipe, None), VOCABULARY)  # pyright: ignore[reportArgumentType]
+        batches = rows(recipe, layout_of(recipe, 1).microbatches, VOCABULARY)
+        with FlopCounterMode(display=False, custom_mapping=_unknown_to_torch(torch.ops.aten)) as counter:
+            engine.train_step(batches, token_loss, 1e-4, 1)
+        found.append(float(counter.get_total_flops()))
+        destroy_grid()
+    return found
+
+
+def _unknown_to_torch(aten: Any) -> dict[Any, Any]:
+    """Operations of the CPU that torch's table lacks. Attention: scores and values, 2 S^2 (K + V) a head, half of it causal."""
+
+    def forward(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        batch, heads, length, size = query
+        return batch * heads * length * key[2] * (size + value[3])
+
+    def backward(grad: Any, query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        return 2 * forward(query, key, value)
+
+    def addmm_(target: Any, left: Any, right: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        return 2 * left[0] * left[1] * right[1]
+
+    flash = "_scaled_dot_product_flash_attention_for_cpu"
+    return {getattr(aten, flash): forward, getattr(aten, flash + "_backward"): backward, aten.addmm_: addmm_}
+
+
+def test_planned_flops_are_counted_flops():
+    """Within 1 %: norms and routers are counted as matmuls. Documents of 128 tokens."""
+    for given, counted in zip(CASES, run_ranks(count, 1, CASES)[0], strict=True):
+        recipe = Recipe.model_validate(given)
+        layout = layout_of(recipe, 1)
+        tokens = recipe.data.sequence_length
+        planned = layout.microbatches * microbatch_flops(recipe, layout, padded_vocab(VOCABULARY, 1), 0, tokens, (tokens - 2) / tokens, attended=128)
+        assert abs(planned / counted - 1) < 0.01, (given["train"], planned / counted)
