@@ -154,3 +154,16 @@ def gradients_without_norm_reduction(model: dict[str, Any], layout: dict[str, An
 
     layers.RMSNorm.__init__ = forgetful  # this process is a fork of its own
     return gradients(model, layout, options)
+
+
+def gradients_with_cut_down_projections(model: dict[str, Any], layout: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """The same with upstream's local spec of multi-latent attention: down projections cut by columns."""
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+
+    from megalign.models.hf import shards
+    from megalign.parallel import layers
+
+    layers.Linear = ColumnParallelLinear  # this process is a fork of its own
+    for name in ("q", "kv"):
+        shards.CUTS[f"decoder.layers.{{layer}}.self_attention.linear_{name}_down_proj.weight"] = shards.Rows
+    return gradients(model, layout, options)
