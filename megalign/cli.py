@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import tempfile
@@ -113,6 +114,18 @@ def convert(
 
 
 @app.command()
+def average(
+    run: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)],
+    output: Annotated[Path, typer.Argument(help="Folder for the averaged checkpoint.", show_default=False)],
+    last: Annotated[int, typer.Option(min=2, help="How many of the newest checkpoints.")] = 2,
+) -> None:
+    """Average the weights of a run's last checkpoints (LAWA); chat and convert take the result."""
+    from megalign.average import average as work
+
+    _run_ranks(1, Path("."), lambda world: print(work(run, output, last, world)))
+
+
+@app.command()
 def report(run: Annotated[Path, typer.Argument(help="A run folder, finished or not.", show_default=False)]) -> None:
     """Build report.html of a run again."""
     from megalign.report.build import build_report
@@ -194,9 +207,17 @@ def _run_ranks(ranks: int, folder: Path, work: Callable[[Any], None]) -> None:
 
         raise SystemExit(launch(sys.argv[1:], ranks, folder / "logs"))
     from megalign.parallel.init import init, shutdown
+    from megalign.parallel.preempt import PREEMPTED, Preempted, leave_marker
 
+    world = init()
     try:
-        work(init())
+        work(world)
+    except Preempted as stop:
+        leave_marker(stop)
+        if world.rank == 0:
+            print(f"\n{stop}", file=sys.stderr)
+        shutdown()
+        raise SystemExit(PREEMPTED) from None
     except KeyboardInterrupt:
         print("\nstopped. A training run continues from the last complete checkpoint when repeated.", file=sys.stderr)
         raise SystemExit(130) from None
@@ -205,6 +226,7 @@ def _run_ranks(ranks: int, folder: Path, work: Callable[[Any], None]) -> None:
 
 def _is_expected(error: BaseException) -> bool:
     """True if the message is all a user needs: no traceback."""
-    names = {"ConfigError", "DataError", "RunError", "CheckpointError", "TrainingStopped", "ConversionError"}
+    names = {"ConfigError", "DataError", "RunError", "CheckpointError", "TrainingStopped", "TrackerError", "ConversionError"}
     files = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
-    return isinstance(error, files) or any(kind.__name__ in names for kind in type(error).__mro__)
+    full_or_broken = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+    return full_or_broken or isinstance(error, files) or any(kind.__name__ in names for kind in type(error).__mro__)

@@ -22,11 +22,15 @@ from megalign.data.dataset import Dataset
 from megalign.losses import TokenLoss, cross_entropy_loss
 from megalign.models.resolve import resolve_model
 from megalign.parallel.init import World
+from megalign.parallel.preempt import Preempted, StopSignals
 from megalign.report.build import build_report
+from megalign.trainer.checkpoints import Checkpoints
 from megalign.trainer.engine import Engine
 from megalign.trainer.finish import finish, generation_metrics
+from megalign.trainer.hang import hang_watch
 from megalign.trainer.loop import fit
 from megalign.trainer.mfu import flops_per_token, world_peak_flops
+from megalign.trainer.profile import Instruments
 from megalign.trainer.run import (
     RunFolder,
     announce,
@@ -41,7 +45,8 @@ from megalign.trainer.run import (
 def sft(recipe: Recipe, world: World) -> None:
     """Fine-tune as the recipe says, on every rank of the world (collective).
 
-    Raises ConfigError, DataError, RunError, CheckpointError or TrainingStopped, each with what to do.
+    Raises ConfigError, DataError, RunError, CheckpointError or TrainingStopped, each with what to do, and Preempted
+    after SIGTERM or SIGUSR1, with the last step saved.
     """
     started = time.monotonic()
     recipe = resolve_model(recipe)
@@ -60,6 +65,8 @@ def sft(recipe: Recipe, world: World) -> None:
     run.describe(train, validation, sys.argv)
     try:
         _train(engine, run, train, validation, this, resume_from, started, world)
+    except Preempted:
+        raise  # whoever sent the signal will not wait for a report
     except BaseException:
         with contextlib.suppress(Exception):  # the first error is the one to hear of
             _report(run)
@@ -85,22 +92,28 @@ def _train(
 ) -> None:
     recipe = engine.recipe
     counts = count_parameters(recipe.model, this["vocab_size"])
-    with open_logger(run, total_steps(recipe, len(train)) or 1, resume_from) as log:
+    with open_logger(run, total_steps(recipe, len(train)) or 1, resume_from) as log, hang_watch(run.path / "logs" / "watch", engine):
         announce(run, world, train, log)
-        progress = fit(
-            engine,
-            train,
-            validation,
-            token_loss,
-            log=log,
-            checkpoints=run.checkpoints,
-            identity=this,
-            resume_from=resume_from,
-            save_extra=lambda folder: train.tokenizer.save(folder / "tokenizer"),
-            flops_per_token=flops_per_token(recipe.model, counts, train.statistics),
-            peak_flops=world_peak_flops(world, recipe.train.precision),
-            generate=(lambda step: generation_metrics(engine, run, validation)) if recipe.train.eval_prompts else None,
-        )
+        with (
+            Instruments(engine, run.path / "logs", log) as instruments,
+            Checkpoints(engine, run.checkpoints, log, lambda folder: train.tokenizer.save(folder / "tokenizer")) as checkpoints,
+            StopSignals() as stop,
+        ):
+            progress = fit(
+                engine,
+                train,
+                validation,
+                token_loss,
+                log=log,
+                checkpoints=checkpoints,
+                instruments=instruments,
+                identity=this,
+                resume_from=resume_from,
+                flops_per_token=flops_per_token(recipe.model, counts, train.statistics),
+                peak_flops=world_peak_flops(world, recipe.train.precision),
+                generate=(lambda step: generation_metrics(engine, run, validation)) if recipe.train.eval_prompts else None,
+                stop=stop,
+            )
         finish(engine, run, train, validation, progress, counts, log, seconds=time.monotonic() - started)
 
 

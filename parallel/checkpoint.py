@@ -1,8 +1,8 @@
 """Checkpoints that are complete or absent.
 
 A checkpoint is written beside its place (`.iter_0000100.partial`), every file is hashed and flushed to the
-disk, a manifest names them all, and one rename puts the folder in place. A reader therefore sees either
-nothing or everything; what later loses a byte is refused with the file's name.
+disk, a manifest names them all, and one rename puts the folder in place (`saving.py`). A reader therefore sees
+either nothing or everything; what later loses a byte is refused with the file's name.
 
 Model and optimizer are stored by megatron-core's dist_checkpointing under global names, so that another
 layout can load them. Generators are stored a rank, for bitwise resumption on the same layout.
@@ -31,7 +31,7 @@ import torch.distributed as dist
 from megalign.parallel.grid import Grid
 from megalign.parallel.optimizer import create_states
 
-FORMAT = "megalign-checkpoint-1"
+FORMAT = "megalign-checkpoint-2"
 _NAME = re.compile(r"iter_(\d{7,})")
 
 
@@ -53,6 +53,20 @@ def list_checkpoints(folder: Path) -> list[Path]:
         return []
     found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and (path / "manifest.json").exists()]
     return sorted(found, key=lambda path: int(path.name.split("_")[1]))
+
+
+def remove(checkpoint: Path) -> None:
+    """Remove a checkpoint. It disappears in one step, so that a removal cut short leaves none that looks complete."""
+    condemned = checkpoint.with_name(f".{checkpoint.name}.removed")
+    shutil.rmtree(condemned, ignore_errors=True)
+    checkpoint.rename(condemned)
+    shutil.rmtree(condemned, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed runs left half-written or half-removed. No save may be under way."""
+    for path in folder.glob(".iter_*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def write_manifest(folder: Path, files: dict[str, dict[str, Any]]) -> None:
@@ -121,7 +135,7 @@ def _hash(path: Path, flush: bool = False) -> str:
     return digest.hexdigest()
 
 
-def _flush_folder(path: Path) -> None:
+def flush_folder(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -129,70 +143,11 @@ def _flush_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def _files_under(folder: Path) -> list[str]:
+def files_under(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
 
 
-# -- saving and loading: collective ---------------------------------------------------------------------
-
-
-def save(
-    folder: Path,
-    step: int,
-    chunks: Sequence[Any],
-    optimizer: Any | None,
-    meta: dict[str, Any],
-    grid: Grid,
-    extra: Callable[[Path], None] | None = None,
-) -> Path:
-    """Write the checkpoint of `step` into `folder` (collective); return its path.
-
-    extra: called on the writing rank with the unfinished folder, to add files of its own (a tokenizer).
-    Raises CheckpointError on every rank when one could not write; the unfinished folder is removed and no
-    other checkpoint is touched.
-    """
-    from megatron.core import dist_checkpointing
-
-    final = folder / checkpoint_name(step)
-    partial = folder / f".{final.name}.partial"
-
-    def prepare() -> None:
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / "state").mkdir(parents=True)
-        (partial / "rng").mkdir()
-
-    def write() -> None:
-        dist_checkpointing.save(_sharded_state(chunks, optimizer, grid, loading=False), str(partial / "state"))
-        torch.save(_generators(), partial / "rng" / f"rank_{grid.rank:05d}.pt")
-
-    def describe_rest() -> None:
-        (partial / "meta.json").write_text(json.dumps(meta, indent=1))
-        if extra is not None:
-            extra(partial)
-
-    def finish() -> None:
-        write_manifest(partial, {name: entry for part in parts for name, entry in part.items()})
-        describe_files(partial, ["manifest.json"])
-        for path in [*(p for p in partial.rglob("*") if p.is_dir()), partial]:
-            _flush_folder(path)
-        if final.exists():
-            shutil.rmtree(final)
-        partial.rename(final)
-        _flush_folder(folder)
-
-    try:
-        _together("create the folder", prepare, grid, only_logger=True)
-        _together("write", write, grid)
-        _together("write", describe_rest, grid, only_logger=True)
-        mine = _together("read back", lambda: describe_files(partial, _files_under(partial)[grid.rank :: grid.world]), grid)
-        parts: list[Any] = [None] * grid.world
-        dist.all_gather_object(parts, mine)
-        _together("finish", finish, grid, only_logger=True)
-    except CheckpointError as error:
-        if grid.is_logger:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(f"checkpoint of step {step} was not written: {error}. Earlier checkpoints are intact") from None
-    return final
+# -- loading, and what saving shares with it: collective ------------------------------------------------
 
 
 def load(checkpoint: Path, chunks: Sequence[Any], optimizer: Any | None, grid: Grid, *, same_generators: bool = False) -> dict[str, Any]:
@@ -208,14 +163,14 @@ def load(checkpoint: Path, chunks: Sequence[Any], optimizer: Any | None, grid: G
         verify(checkpoint, names[grid.rank :: grid.world])
 
     try:
-        _together("read", check, grid)
+        together("read", check, grid)
     except CheckpointError as error:
         good = previous_good(checkpoint)
         advice = f"the last good checkpoint before it is {good}: move {checkpoint} away and repeat the command to continue from there" if good else "there is no good checkpoint before it"
         raise CheckpointError(f"{error}; {advice}") from None
     if optimizer is not None:
         create_states(optimizer)
-    state: Any = dist_checkpointing.load(_sharded_state(chunks, optimizer, grid, loading=True), str(checkpoint / "state"))
+    state: Any = dist_checkpointing.load(sharded_state(chunks, optimizer, grid, loading=True), str(checkpoint / "state"))
     for i, chunk in enumerate(chunks):
         _unwrap(chunk).load_state_dict(state[f"model{i}"])
     if optimizer is not None:
@@ -225,7 +180,7 @@ def load(checkpoint: Path, chunks: Sequence[Any], optimizer: Any | None, grid: G
     return read_meta(checkpoint)
 
 
-def _sharded_state(chunks: Sequence[Any], optimizer: Any | None, grid: Grid, *, loading: bool) -> dict[str, Any]:
+def sharded_state(chunks: Sequence[Any], optimizer: Any | None, grid: Grid, *, loading: bool) -> dict[str, Any]:
     metadata = {
         # Every layer under its own name: layers may differ (frozen ones, leading dense ones), and upstream is giving up stacking.
         "non_homogeneous_layers": True,
@@ -248,7 +203,7 @@ def _unwrap(chunk: Any) -> Any:
     return chunk
 
 
-def _generators() -> dict[str, Any]:
+def generators() -> dict[str, Any]:
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
     tracker: Any = get_cuda_rng_tracker()
@@ -266,7 +221,7 @@ def _set_generators(state: dict[str, Any]) -> None:
     tracker.set_states(state["tracker"])
 
 
-def _together(doing: str, work: Callable[[], Any], grid: Grid, *, only_logger: bool = False) -> Any:
+def together(doing: str, work: Callable[[], Any], grid: Grid, *, only_logger: bool = False) -> Any:
     """Do `work` (on one rank or all) and fail on all ranks if it failed on one, with that rank's reason."""
     result, failure = None, None
     if grid.is_logger or not only_logger:

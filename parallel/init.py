@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -41,8 +42,9 @@ def read_world(env: Mapping[str, str]) -> World:
     if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
         size = int(env["SLURM_NTASKS"])
         nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "127.0.0.1"
-        local = int(re.match(r"\d+", env.get("SLURM_TASKS_PER_NODE", str(size))).group())  # pyright: ignore[reportOptionalMemberAccess]
-        port = port or 20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000
+        tasks = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or str(size)
+        local = tasks_on_node(tasks, int(env.get("SLURM_NODEID", 0)))
+        port = port or 20000 + int(env.get("SLURM_JOB_ID", 0)) % 10000
         return World(int(env["SLURM_PROCID"]), size, int(env["SLURM_LOCALID"]), local, address or first_host(nodes), port, "slurm")
     for prefix, launcher_rank, launcher_size, launcher_local, local_size in (
         ("OMPI", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
@@ -58,6 +60,19 @@ def read_world(env: Mapping[str, str]) -> World:
                 )
             return World(int(env[launcher_rank]), size, int(env.get(launcher_local, 0)), local, address or "127.0.0.1", port or 29500, "mpi")
     return World(0, 1, 0, 1, "127.0.0.1", 0, "bare")
+
+
+def tasks_on_node(tasks_per_node: str, node: int) -> int:
+    """Tasks of one node in SLURM's short form: node 2 of `8(x2),4` has 4."""
+    counts = []
+    for part in tasks_per_node.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
+        if match is None:
+            raise RuntimeError(f"SLURM_TASKS_PER_NODE {tasks_per_node!r} is not of the form 8(x2),4")
+        counts += [int(match[1])] * int(match[2] or 1)
+    if node >= len(counts):
+        raise RuntimeError(f"SLURM_NODEID={node}, but SLURM_TASKS_PER_NODE={tasks_per_node} names {len(counts)} nodes")
+    return counts[node]
 
 
 def first_host(nodelist: str) -> str:
@@ -88,8 +103,10 @@ def init(timeout_minutes: float = 30.0) -> World:
             torch.cuda.set_device(world.local_rank % torch.cuda.device_count())
         elif "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, cpu_cores() // world.local_size))
-        if world.size == world.local_size:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a laptop's host name need not resolve
+        # Gloo would ask for the address of the host name, which need not resolve, or not to what others can reach.
+        interface = "lo" if world.size == world.local_size else interface_towards(world.address, world.port)
+        if interface is not None:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         timeout = datetime.timedelta(minutes=timeout_minutes)
         if world.launcher == "bare":
@@ -101,6 +118,23 @@ def init(timeout_minutes: float = 30.0) -> World:
             dist.init_process_group(backend, init_method=meeting, rank=world.rank, world_size=world.size, timeout=timeout)
     install()
     return world
+
+
+def interface_towards(host: str, port: int) -> str | None:
+    """The network interface through which this machine reaches `host` (nothing is sent); None if it is not known."""
+    import psutil
+
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port or 1, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)
+            mine = probe.getsockname()[0]
+    except OSError:
+        return None
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(entry.address.split("%")[0] == mine for entry in addresses):
+            return name
+    return None
 
 
 def cpu_cores() -> int:

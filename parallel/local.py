@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megalign.parallel.preempt import MARKER, PREEMPTED, preempted_step
+
 LAUNCHER = "MEGALIGN_LAUNCHER_PID"
 # What a rank reports when another one died.
 _ECHO = re.compile(
@@ -47,14 +49,17 @@ class RankFailure:
 def launch(arguments: Sequence[str], ranks: int, log_folder: Path) -> int:
     """Run `python -m megalign ARGUMENTS` as `ranks` local ranks; return the exit code for the shell.
 
-    0: all ranks ended well. 1: a rank failed, its error is on stderr. 130: Ctrl-C (143: SIGTERM), all ranks
-    are gone.
+    0: all ranks ended well. 1: a rank failed, its error is on stderr. 75: SIGTERM or SIGUSR1, and the ranks have
+    saved the step they were at. 130: Ctrl-C (143: SIGTERM before the first step). All ranks are gone.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     log_folder.mkdir(parents=True, exist_ok=True)
+    marker = log_folder / "preempted"
+    marker.unlink(missing_ok=True)
+    os.environ[MARKER] = str(marker)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we say what failed, once
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // ranks)))
     os.environ[LAUNCHER] = str(os.getpid())
@@ -70,13 +75,19 @@ def launch(arguments: Sequence[str], ranks: int, log_folder: Path) -> int:
         monitor_interval=0.1,
         logs_specs=DefaultLogsSpecs(str(log_folder), redirects={rank: Std.ALL for rank in range(1, ranks)}),
     )
+    if hasattr(config, "signals_to_handle"):  # torch without it does not hand SIGUSR1 on
+        config.signals_to_handle += ",SIGUSR1"
     try:
         elastic_launch(config, sys.executable)("-m", "megalign", *arguments)
     except ChildFailedError as error:
+        if preempted_step() is not None:
+            return PREEMPTED
         failures = [_failure(rank, failure) for rank, failure in error.failures.items()]
         print(describe_failure(failures, ranks, log_folder), file=sys.stderr)
         return 1
     except (SignalException, KeyboardInterrupt) as error:
+        if preempted_step() is not None:
+            return PREEMPTED
         number = getattr(error, "sigval", signal.SIGINT)
         print("\nstopped; all ranks have ended. A training run continues from the last complete checkpoint when repeated.", file=sys.stderr)
         return 128 + int(number)
@@ -119,7 +130,7 @@ def end_with_launcher() -> None:
     """Have the kernel end this rank when its launcher dies, however it dies (Linux). Call it first of all."""
     launcher = os.environ.get(LAUNCHER)
     if launcher is not None and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG; a training rank would outlive SIGTERM by a step and a save
         if os.getppid() != int(launcher):  # it died before we asked
             os._exit(1)
 

@@ -405,6 +405,61 @@ def _padded_z_loss() -> None:
     TopKRouter.apply_z_loss = apply_z_loss
 
 
+def _empty_aux_loss() -> None:
+    from megatron.core.transformer.moe import router
+
+    upstream = router.switch_load_balancing_loss_func
+
+    @functools.wraps(upstream)
+    def balance(probs: torch.Tensor, tokens_per_expert: torch.Tensor, total_num_tokens: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        counted = total_num_tokens.clamp(min=1) if torch.is_tensor(total_num_tokens) else max(1, total_num_tokens)
+        return upstream(probs, tokens_per_expert, counted, *args, **kwargs)
+
+    router.switch_load_balancing_loss_func = balance
+
+
+def _block_padding() -> None:
+    from megatron.core.transformer.transformer_block import TransformerBlock
+
+    upstream = TransformerBlock._checkpointed_forward
+
+    @functools.wraps(upstream)
+    def checkpointed_forward(self: Any, *args: Any, padding_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        if padding_mask is None or self.config.recompute_method != "block":
+            return upstream(self, *args, padding_mask=padding_mask, **kwargs)
+        find = self._get_layer
+
+        def layer_with_mask(index: int) -> Any:
+            layer = find(index)
+
+            def call(**inputs: Any) -> Any:
+                return layer(**{**inputs, "padding_mask": padding_mask})
+
+            call.layer_number = layer.layer_number
+            return call
+
+        self._get_layer = layer_with_mask
+        try:
+            return upstream(self, *args, padding_mask=padding_mask, **kwargs)
+        finally:
+            del self._get_layer
+
+    TransformerBlock._checkpointed_forward = checkpointed_forward
+
+
+def _recompute_without_te() -> None:
+    from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
+
+    upstream = CheckpointWithoutOutput.__init__
+
+    @functools.wraps(upstream)
+    def __init__(self: Any, fp8: Any = False) -> None:
+        upstream(self, fp8)
+        self.fp8 = bool(fp8)
+
+    CheckpointWithoutOutput.__init__ = __init__
+
+
 PATCHES = (
     Patch("device", "pipeline_parallel/schedules.py", 596, 'device="cuda"', "CUDA devices, streams and literals", _redirect_device),
     Patch("tensor-methods", "optimizer/clip_grads.py", 167, "'torch.cuda.FloatTensor'", "dtypes are told by CUDA type names", _tensor_methods),
@@ -462,6 +517,33 @@ PATCHES = (
         "z_loss_func(logits, moe_z_loss_coeff, padding_mask=padding_mask)",
         "with padding each rank takes the mean over its own tokens: another loss on every layout",
         _padded_z_loss,
+        cpu_only=False,
+    ),
+    Patch(
+        "empty-aux-loss",
+        "transformer/moe/moe_utils.py",
+        131,
+        "num_experts * moe_aux_loss_coeff / (topk * total_num_tokens * total_num_tokens)",
+        "0 / 0 for a microbatch of padding alone, as at the end of an epoch: NaN gradients though no loss is NaN",
+        _empty_aux_loss,
+        cpu_only=False,
+    ),
+    Patch(
+        "block-padding",
+        "transformer/transformer_block.py",
+        563,
+        "hidden_states, attention_mask, context, context_mask, rotary_pos_emb",
+        "recompute_method block: layers that are not recomputed get no padding mask, so routers count padding there",
+        _block_padding,
+        cpu_only=False,
+    ),
+    Patch(
+        "recompute-without-te",
+        "tensor_parallel/random.py",
+        636,
+        "self.fp8 = fp8 is not None",
+        "False is not None: recomputed norms ask Transformer Engine for FP8 even where neither is there",
+        _recompute_without_te,
         cpu_only=False,
     ),
     Patch(

@@ -19,7 +19,7 @@ LAYERS = [
     ["megalign.data"],
     ["megalign.models", "megalign.rollout", "megalign.report", "megalign.chat", "megalign.dry_run"],
     ["megalign.trainer"],
-    ["megalign.sft", "megalign.serving"],
+    ["megalign.sft", "megalign.serving", "megalign.average"],
     ["megalign.tools"],
     ["megalign.cli", "megalign.__main__"],
 ]

@@ -8,6 +8,7 @@ from megalign.config.schema import Recipe
 FULL_FINE_TUNING_LR = (1e-6, 5e-5)
 EPOCHS = 3.0
 WARMUP_SHARE = (0.03, 0.10)
+MIXTURE_SHARES = {"human": (0.10, 0.30), "reviewed": (0.10, 0.20), "synthetic": (0.50, 0.70), "replay": (0.05, 0.20)}
 
 
 def warnings(recipe: Recipe, world_size: int | None = None) -> list[str]:
@@ -48,7 +49,23 @@ def warnings(recipe: Recipe, world_size: int | None = None) -> list[str]:
         )
     if max(model.attention_dropout, model.hidden_dropout) > 0:
         found.append("dropout > 0: results depend on the parallel layout, because its random numbers do")
-    return found + _about_experts(recipe)
+    return found + _about_experts(recipe) + _about_mixture(recipe)
+
+
+def _about_mixture(recipe: Recipe) -> list[str]:
+    """Shares of human, reviewed and synthetic data among each other, and of replay in all."""
+    sources = recipe.data.mixture or []
+    total = {kind: sum(source.weight for source in sources if source.kind == kind) for kind in MIXTURE_SHARES}
+    written = sum(weight for kind, weight in total.items() if kind != "replay")
+    everything = sum(source.weight for source in sources)
+    found = []
+    for kind, (low, high) in MIXTURE_SHARES.items():
+        of, whole = ("all tokens", everything) if kind == "replay" else ("the tokens that are human, reviewed or synthetic", written)
+        named = kind != "replay" or any(source.kind == "replay" for source in sources)
+        share = total[kind] / whole if whole else 0.0
+        if whole and named and not low - 1e-9 <= share <= high + 1e-9:
+            found.append(f"data.mixture: {kind} data is {share:.0%} of {of}; {low:.0%} to {high:.0%} is usual")
+    return found
 
 
 def _about_experts(recipe: Recipe) -> list[str]:

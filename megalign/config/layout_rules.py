@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from megalign.config.errors import Problem, not_a_multiple
 from megalign.config.layout import Layout
 from megalign.config.schema import Recipe
+from megalign.config.stages import pipeline
 
 
 def world(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
@@ -32,20 +33,6 @@ def world(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
         yield Problem("parallel.data_parallel_size", rule, fix, recipe.parallel.data_parallel_size)
     else:
         yield Problem("parallel", rule, fix)
-
-
-def pipeline(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
-    """Stages, and the chunks of a stage, hold equally many layers (transformer_block.py:157, 175)."""
-    layers, chunks = recipe.model.num_layers, layout.pp * layout.vpp
-    if layout.vpp > 1 and layout.pp == 1:  # parallel_state.py:746
-        field = "parallel.virtual_pipeline_model_parallel_size"
-        rule = "interleaving needs a pipeline, but pipeline_model_parallel_size is 1"
-        fix = "set it to null, or raise parallel.pipeline_model_parallel_size"
-        yield Problem(field, rule, fix, layout.vpp)
-    elif layers % chunks:
-        sizes = f"pp({layout.pp})" + (f" * vpp({layout.vpp}) = {chunks}" if layout.vpp > 1 else "")
-        fix = "choose a pipeline size that divides it"
-        yield not_a_multiple("model.num_layers", layers, chunks, sizes, fix)
 
 
 def interleaving(recipe: Recipe, layout: Layout) -> Iterator[Problem]:

@@ -13,9 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from megalign.config.layout import Layout, effective_batch, layout_of, padded_vocab, scaled_lr, total_steps
+from megalign.config.memory import memory_per_rank
 from megalign.config.rules import warnings
 from megalign.config.schema import Recipe
-from megalign.config.size import Counts, count_parameters, memory_per_rank
+from megalign.config.size import Counts, count_parameters
 
 __all__ = ["Counts", "count_parameters", "describe_plan", "memory_per_rank", "padded_vocab"]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megalign.config import layout_rules, model_rules
+from megalign.config import layout_rules, model_rules, recompute
 from megalign.config.advice import warnings
 from megalign.config.errors import ConfigError, Problem, not_a_multiple
 from megalign.config.layout import Layout, layout_of, sequence_multiple, world_size_of
@@ -104,4 +104,66 @@ def evaluation(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
                 yield Problem(f"train.{key}", "there are no validation rows", fix, value)
 
 
-RULES = (*layout_rules.RULES, *model_rules.RULES, sequence_length, batch, schedule, evaluation)
+def profile(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
+    """A profile has a first and a last step, in this order."""
+    if recipe.logging.profile_steps is not None:
+        first, last = recipe.logging.profile_steps
+        if not 1 <= first <= last:
+            rule = "must be [first, last] with 1 <= first <= last; steps count from 1"
+            yield Problem("logging.profile_steps", rule, "e.g. [10, 12]", [first, last])
+
+
+def sources(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
+    """A mixture stands in the place of data.train; its curriculum speaks of its sources."""
+    data = recipe.data
+    if data.mixture is not None:
+        names = [source.name for source in data.mixture]
+        if len(set(names)) < len(names):
+            yield Problem("data.mixture", "two sources have one name", "give each its own", names)
+        if sum(source.weight for source in data.mixture) <= 0:
+            yield Problem("data.mixture", "no source has a weight above 0", "give one", names)
+        if data.train != type(data)().train:
+            yield Problem("data.train", "data.mixture takes its place", "remove one of them, or add this file to the mixture", data.train)
+    if data.curriculum is not None and data.mixture is None:
+        yield Problem("data.curriculum", "changes the weights of data.mixture, and there is none", "give data.mixture, or remove it")
+    elif data.curriculum is not None:
+        names = [source.name for source in data.mixture or []]
+        steps = [stage.from_step for stage in data.curriculum]
+        if sorted(set(steps)) != steps:
+            yield Problem("data.curriculum", "stages are not in the order of their steps", "sort them by from_step", steps)
+        for stage in data.curriculum:
+            unknown = sorted(set(stage.weights) - set(names))
+            if unknown:
+                yield Problem("data.curriculum", f"no source of data.mixture is called {unknown[0]!r}", f"known: {', '.join(names)}", unknown)
+            if min(stage.weights.values(), default=0) < 0 or sum(stage.weights.values()) <= 0:
+                yield Problem("data.curriculum", f"weights from step {stage.from_step} on do not make shares", "none below 0, one above", stage.weights)
+
+
+def streaming(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
+    """Nothing that needs the whole of the data before the first step."""
+    data = recipe.data
+    if not data.streaming:
+        return
+    if recipe.train.max_steps is None:
+        yield Problem("train.max_steps", "data.streaming does not know how many rows there are", "give the number of steps")
+    if data.tokenizer.path is None and recipe.model.init_from is None:
+        yield Problem("data.tokenizer.path", "a tokenizer is trained on all rows, and data.streaming reads them while training", "give a tokenizer")
+    if data.validation is None and data.validation_rows > 0:
+        yield Problem("data.validation_rows", "data.streaming does not know the last rows", "give data.validation, or set this to 0", data.validation_rows)
+    for key in ("mixture", "order_by_length"):
+        if getattr(data, key):
+            yield Problem(f"data.{key}", "needs all rows, and data.streaming has a window of them", "turn one of them off")
+
+
+RULES = (
+    *layout_rules.RULES,
+    *model_rules.RULES,
+    recompute.recompute,
+    sequence_length,
+    batch,
+    schedule,
+    evaluation,
+    profile,
+    sources,
+    streaming,
+)

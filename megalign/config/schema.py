@@ -11,6 +11,11 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+Format = Literal[
+    "auto", "messages", "sharegpt", "instruction", "prompt_completion", "xlam", "text", "preference", "hh", "comparison", "ranked",
+    "ultrafeedback", "helpsteer", "unpaired", "gsm8k", "problem", "human_eval", "prompts", "judge_prompts",
+]  # fmt: skip  (megalign.data.formats has the table)
+
 
 class Section(BaseModel):
     """A part of the recipe: unknown keys are errors, values are validated on assignment too."""
@@ -88,6 +93,11 @@ class ParallelConfig(Section):
     tensor_model_parallel_size: int = Field(default=1, ge=1)
     pipeline_model_parallel_size: int = Field(default=1, ge=1)
     virtual_pipeline_model_parallel_size: int | None = Field(default=None, ge=2, description="interleaved stages a pipeline rank")
+    num_layers_in_first_pipeline_stage: int | None = Field(default=None, ge=1, description="uneven stages: the others share the rest evenly")
+    num_layers_in_last_pipeline_stage: int | None = Field(default=None, ge=1)
+    pipeline_model_parallel_layout: str | None = Field(
+        default=None, min_length=2, description="stage by stage, e.g. Ettt|(tt|)*29tL: E embedding, t layer, m MTP layer, L output"
+    )
     context_parallel_size: int = Field(default=1, ge=1)
     expert_model_parallel_size: int = Field(default=1, ge=1)
     expert_tensor_parallel_size: int | None = Field(default=None, ge=1, description="default: 1, experts are not cut by tensor parallelism")
@@ -105,13 +115,29 @@ class TokenizerConfig(Section):
     vocab_size: int = Field(default=4096, ge=260, description="size of the tokenizer that is trained, special tokens included")
 
 
+class MixtureSource(Section):
+    """One part of a mixture."""
+
+    name: str = Field(min_length=1)
+    path: str | list[str] = Field(description="file or files; `grammar` is the built-in toy dialogue set")
+    weight: float = Field(ge=0, allow_inf_nan=False, description="share of the tokens trained on, relative to the other weights")
+    kind: Literal["human", "reviewed", "synthetic", "replay"] | None = Field(default=None, description="where it comes from: shares outside the usual ranges are warned about")
+
+
+class CurriculumStage(Section):
+    """Weights of a mixture from a step on."""
+
+    from_step: int = Field(ge=0)
+    weights: dict[str, float] = Field(description="name of each source: its weight")
+
+
 class DataConfig(Section):
     """What is read, how it is rendered, and which tokens are scored."""
 
     train: str | list[str] = Field(default="grammar", description="file or files; `grammar` is the built-in toy dialogue set")
     validation: str | list[str] | None = Field(default=None, description="file or files; null: the last `validation_rows` of train")
     validation_rows: int = Field(default=100, ge=0)
-    format: Literal["auto", "messages", "instruction", "text"] = "auto"
+    format: Format = Field(default="auto", description="of every file of train and validation; auto: told by its first row")
     template: Literal["chatml"] = "chatml"
     tokenizer: TokenizerConfig = TokenizerConfig()
     sequence_length: int = Field(default=256, ge=8, description="tokens of one (packed) row")
@@ -122,6 +148,14 @@ class DataConfig(Section):
     shuffle: bool = True
     remainder: Literal["drop", "pad"] = Field(default="pad", description="last global batch of an epoch: pad with rows that score nothing, or drop")
     max_rows: int | None = Field(default=None, ge=1)
+    balance: bool | None = Field(default=None, description="microbatches and data-parallel ranks with equally many tokens; null: where rows are not packed")
+    order_by_length: bool = Field(default=False, description="curriculum: the first epoch goes from short rows to long ones")
+    mixture: list[MixtureSource] | None = Field(default=None, description="several sources by weight, in the place of `train`")
+    curriculum: list[CurriculumStage] | None = Field(default=None, description="other weights of the mixture from given steps on")
+    streaming: bool = Field(default=False, description="tokenise while training, a window of rows at a time; needs train.max_steps")
+    shuffle_window: int = Field(default=16384, ge=1, description="streaming: rows that are shuffled and packed among each other")
+    cache_dir: str | None = Field(default=None, description="folder of tokenised rows, shared by all ranks and runs; default: .cache beside `output`")
+    cache_timeout: float = Field(default=7200.0, gt=0, description="seconds to wait for another process that tokenises")
 
 
 class OptimizerConfig(Section):
@@ -153,11 +187,25 @@ class TrainConfig(Section):
     stop_at_step: int | None = Field(default=None, ge=1, description="stop after this step though the schedule is longer; resume continues")
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="dtype of parameters and activations; masters and gradients stay FP32")
     seed: int = 1234
+    recompute_granularity: Literal["full", "selective"] | None = Field(
+        default=None, description="activations computed again in backward instead of kept: whole layers, or recompute_modules"
+    )
+    recompute_method: Literal["uniform", "block"] | None = Field(
+        default=None, description="full: all layers in groups of recompute_num_layers, or the first recompute_num_layers of a stage one by one"
+    )
+    recompute_num_layers: int | None = Field(default=None, ge=1)
+    recompute_modules: list[Literal["core_attn", "layernorm", "mlp", "moe", "shared_experts", "mla_up_proj", "moe_act"]] | None = Field(
+        default=None, description="selective: these parts of every layer; default: core_attn"
+    )
     eval_interval: int | None = Field(default=None, ge=1, description="steps between evaluations; null: only at the end")
     eval_rows: int | None = Field(default=None, ge=1, description="rows of validation used; null: all")
     early_stop_patience: int | None = Field(default=None, ge=1, description="evaluations without improvement after which the run stops")
     early_stop_min_delta: float = Field(default=0.0, ge=0, description="nats by which eval_loss must fall below its last mark to count as an improvement")
     save_interval: int | None = Field(default=None, ge=1, description="steps between checkpoints; null: at evaluations and the end")
+    async_save: bool = Field(default=False, description="write checkpoints while training goes on; needs memory for a copy of this rank's shards")
+    hang_timeout_seconds: float | None = Field(
+        default=None, gt=0, description="end the run, with the stacks of all ranks, when a rank does nothing new for so long; more than the longest save; null: off"
+    )
     keep_last: int = Field(default=2, ge=1)
     keep_best: int = Field(default=1, ge=0, description="checkpoints with the lowest eval_loss that are kept besides the last")
     load_best_at_end: bool = True
@@ -177,6 +225,11 @@ class LoggingConfig(Section):
 
     log_interval: int = Field(default=1, ge=1)
     tensorboard: bool = True
+    trackers: list[Literal["wandb", "mlflow"]] = Field(default=[], description="dashboards told besides; each must be installed, and is set up by its own environment")
+    timers: bool = Field(default=False, description="seconds of each phase on each rank, and which rank is slow; on CUDA it waits for the GPU at each phase")
+    profile_steps: tuple[int, int] | None = Field(default=None, description="first and last step of a torch profile; a chrome trace a rank in logs/profile")
+    memory_snapshot: bool = Field(default=False, description="on CUDA: a record of allocations in logs/memory when memory runs out")
+    nvtx: bool = Field(default=False, description="name the phases for Nsight Systems (CUDA)")
     report: bool = True
 
 

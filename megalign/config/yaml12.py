@@ -52,7 +52,12 @@ for _name, (_pattern, _first) in _PLAIN_SCALARS.items():
 
 def read_yaml(text: str) -> Any:
     """Raises yaml.YAMLError, with the place in `problem_mark` where there is one."""
-    return yaml.load(text, Loader=_Loader)
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply") from None
+    except ValueError as error:  # Python reads no number of more than 4300 digits
+        raise yaml.YAMLError(str(error)) from None
 
 
 def write_yaml(data: Any) -> str:

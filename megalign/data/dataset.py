@@ -1,36 +1,55 @@
 """From a recipe to training rows: read, split, tokenise, pack, and account for every row.
 
-Each row read is kept, bad, or too long for anything of it to fit: the three counts sum to `rows_read`.
+Each row read is kept, bad, or too long for anything of it to fit: the three counts sum to `rows_read`. Tokens and
+packs are made once, by one process, in a cache that all ranks map (see `cache` and `packs`).
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
-from megalign.config.schema import DataConfig, Recipe
-from megalign.data.encode import check_template, encode_rows, plain_texts, split_document
-from megalign.data.packing import pack
-from megalign.data.rows import BadRow, Conversation, DataError, Example, Row, TextRow, TooLong
-from megalign.data.splits import Split, listing, read_splits
+import numpy as np
+
+from megalign.config.schema import Recipe
+from megalign.data.cache import UNREADABLE, announcer, cache_folder, encode_once, entry_key
+from megalign.data.encode import check_template, plain_texts
+from megalign.data.once import build_once
+from megalign.data.packs import OUTCOMES, REJECTED_SHOWN, Kept, Packs, write_packs
+from megalign.data.rows import BadRow, Conversation, DataError, Example, Row, TextRow
+from megalign.data.source import Source
+from megalign.data.splits import BAD_SHOWN, Look, Piece, Split, listing, read_splits
 from megalign.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
-OUTCOMES = ("rows_read", "rows_kept", "bad", "truncated", "truncated_away", "documents_split")
-REJECTED_SHOWN = 20
 # Packs leave room for documents rounded up to this, whatever the layout, so that runs with another
 # context-parallel size (up to 4, which cuts documents in 8) train on the same packs and resume each other.
 DOCUMENT_GRAIN = 8
+
+
+@dataclass(frozen=True)
+class PackRange:
+    """The packs of one source of a mixture."""
+
+    name: str
+    weight: float  # all sum to 1
+    start: int
+    stop: int
 
 
 @dataclass
 class Dataset:
     """Packs ready for `megalign.batch.collate`, the rows they were made of, and what became of every row."""
 
-    rows: list[list[Example]]  # one entry a pack
+    rows: Sequence[list[Example]]  # one entry a pack
     tokenizer: Tokenizer
     statistics: dict[str, Any]
-    kept: list[Conversation | TextRow]  # the readable rows that are in `rows`, in the order of the files
+    kept: Sequence[Conversation | TextRow]  # the readable rows that are in `rows`, in the order of the files
+    tokens: np.ndarray  # [packs] int64, without padding
+    parts: list[PackRange] = field(default_factory=list)  # of a mixture
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -42,10 +61,10 @@ def build_datasets(recipe: Recipe) -> tuple[Dataset, Dataset]:
     Raises DataError with file, line and reason: a missing or empty file, more unusable rows than
     `data.max_bad_share`, nothing scored.
     """
-    splits = read_splits(recipe)
-    tokenizer = make_tokenizer(recipe, splits[0].rows)
-    grain = max(DOCUMENT_GRAIN, 2 * recipe.parallel.context_parallel_size)
-    train, validation = (build_dataset(split, tokenizer, recipe.data, grain) for split in splits)
+    folder = cache_folder(recipe)
+    tokenizer = tokenizer_of(recipe)
+    splits = read_splits(recipe, lambda source: encoded_look(recipe, source, tokenizer, folder))
+    train, validation = (build_dataset(recipe, split, tokenizer, folder) for split in splits)
     for key, dataset in (("train", train), ("validation", validation)):
         counts = dataset.statistics
         if counts["rows_read"] and not counts["scored_tokens"]:
@@ -57,8 +76,15 @@ def build_datasets(recipe: Recipe) -> tuple[Dataset, Dataset]:
     return train, validation
 
 
-def make_tokenizer(recipe: Recipe, rows: list[Row]) -> Tokenizer:
-    """The tokenizer the recipe names, or that of `model.init_from`, or one trained on `rows`."""
+def tokenizer_of(recipe: Recipe) -> Tokenizer:
+    """The recipe's tokenizer; training rows are read only if it must be trained."""
+    if recipe.data.tokenizer.path or recipe.model.init_from:
+        return make_tokenizer(recipe, ())
+    return make_tokenizer(recipe, read_splits(recipe)[0].rows)
+
+
+def make_tokenizer(recipe: Recipe, rows: Iterable[Row]) -> Tokenizer:
+    """The tokenizer the recipe names, or that of `model.init_from`, or one trained on `rows` (read more than once)."""
     data = recipe.data
     path = data.tokenizer.path or recipe.model.init_from
     if path is None:
@@ -66,69 +92,85 @@ def make_tokenizer(recipe: Recipe, rows: list[Row]) -> Tokenizer:
         tokenizer = train_tokenizer(texts, data.tokenizer.vocab_size, data.template)
     else:
         tokenizer = load_tokenizer(path, data.template)
-    if any(isinstance(row, Conversation) for row in rows):
-        check_template(tokenizer, data.template)
+    _check_rendering(rows, tokenizer, data.template)
     return tokenizer
 
 
-def build_dataset(
-    split: Split, tokenizer: Tokenizer, data: DataConfig, grain: int = DOCUMENT_GRAIN
-) -> Dataset:
-    """Tokenise and pack the rows of a split."""
-    capacity = data.sequence_length
-    results = list(encode_rows(split.rows, tokenizer, data.template, data.loss_on, capacity, data.truncation))
-    kept: list[Conversation | TextRow] = []
-    examples: list[Example] = []
-    for row, result in zip(split.rows, results):
-        if isinstance(row, BadRow) or isinstance(result, BadRow):
-            continue
-        kept.append(row)
-        examples += split_document(result, capacity) if isinstance(row, TextRow) else [result]
-
-    room = [min(-(-len(example) // grain) * grain, capacity) for example in examples]
-    groups = pack(room, capacity) if data.packing else [[number] for number in range(len(examples))]
-    packs = [[examples[number] for number in group] for group in groups]
-    return Dataset(packs, tokenizer, _account(split, results, packs, capacity), kept)
+def _check_rendering(rows: Iterable[Row], tokenizer: Tokenizer, template: str) -> None:
+    """DataError where conversations would be rendered otherwise than a server renders them. All rows are of one kind."""
+    if isinstance(next((row for row in rows if not isinstance(row, BadRow)), None), Conversation):
+        check_template(tokenizer, template)
 
 
-def _account(
-    split: Split, results: list[Example | BadRow], packs: list[list[Example]], capacity: int
-) -> dict[str, Any]:
-    """What became of each row, in all and by source, and how full the packs are."""
-    per_source = {source: dict.fromkeys(OUTCOMES, 0) for source in split.formats}
-    for row, result in zip(split.rows, results):
-        counts = per_source[row.source]
-        counts["rows_read"] += 1
-        if isinstance(result, BadRow):
-            counts["truncated_away" if isinstance(result, TooLong) else "bad"] += 1
-        else:
-            counts["rows_kept"] += 1
-            counts["truncated"] += result.messages_cut > 0
-            counts["documents_split"] += isinstance(row, TextRow) and len(result) > capacity
-    rejected = [vars(result) for result in results if isinstance(result, BadRow)]
-    tokens = sum(len(example) for group in packs for example in group)
+def encoded_look(recipe: Recipe, source: Source, tokenizer: Tokenizer, folder: Path) -> Look:
+    """A source, tokenised."""
+    _check_rendering(source.rows(), tokenizer, recipe.data.template)
+    encoded = encode_once(source, tokenizer, recipe.data, folder)
+    readable = [table["outcome"] != UNREADABLE for _, table in encoded.table()]
+    bad = (row for number, row in encoded.rejected(0, len(encoded)))
+    return Look(np.concatenate(readable) if readable else np.zeros(0, bool), list(islice(bad, BAD_SHOWN)), encoded)
+
+
+def build_dataset(recipe: Recipe, split: Split, tokenizer: Tokenizer, folder: Path) -> Dataset:
+    """Pack the rows of a split, each source of a mixture on its own."""
+    grain = max(DOCUMENT_GRAIN, 2 * recipe.parallel.context_parallel_size)
+    built = [_packs_once(recipe, part.pieces, grain, folder) for part in split.parts]
+    statistics = _joined([packs.statistics for packs in built], recipe.data.sequence_length)
+    kept = Kept(split.pieces, statistics["rows_kept"])
+    parts, start = [], 0
+    if recipe.data.mixture is not None and len(built) == len(recipe.data.mixture):
+        for part, packs in zip(split.parts, built):
+            parts.append(PackRange(part.name, part.weight, start, start + len(packs)))
+            start += len(packs)
+            if not len(packs) and part.weight:
+                raise DataError(f"data.mixture: nothing of {part.name!r} can be trained on; correct its file, or give it weight 0")
+    tokens = np.concatenate([packs.tokens for packs in built]) if built else np.zeros(0, np.int64)
+    return Dataset(built[0] if len(built) == 1 else Joined(built), tokenizer, statistics, kept, tokens, parts)
+
+
+def _packs_once(recipe: Recipe, pieces: list[Piece], grain: int, folder: Path) -> Packs:
+    data, encoded = recipe.data, [piece.look.encoded for piece in pieces]
+    key = entry_key(
+        "packs",
+        pieces=[(piece.look.encoded.key, piece.start, piece.stop) for piece in pieces],
+        options=[data.sequence_length, data.packing, data.order_by_length, grain],
+    )
+    path = build_once(folder, key, lambda part: write_packs(part, pieces, data, grain), say=announcer(), timeout=data.cache_timeout)
+    return Packs(path, encoded)
+
+
+class Joined(Sequence[list[Example]]):
+    """Several sequences end to end."""
+
+    def __init__(self, parts: Sequence[Sequence[list[Example]]]):
+        self._parts = parts
+        self._ends = np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        part = int(np.searchsorted(self._ends, index, side="right"))
+        return self._parts[part][index - (int(self._ends[part - 1]) if part else 0)]
+
+    def __iter__(self) -> Iterator[list[Example]]:
+        for part in self._parts:
+            yield from part
+
+
+def _joined(statistics: list[dict[str, Any]], capacity: int) -> dict[str, Any]:
+    """The statistics of all parts together."""
+    if len(statistics) == 1:
+        return statistics[0]
+    sums = {name: sum(part[name] for part in statistics) for name in (*OUTCOMES, "tokens", "scored_tokens", "packs")}
     return {
-        **{outcome: sum(counts[outcome] for counts in per_source.values()) for outcome in OUTCOMES},
-        "rejected": rejected[:REJECTED_SHOWN],
-        "tokens": tokens,
-        "scored_tokens": sum(int(example.loss_mask.sum()) for group in packs for example in group),
-        "packs": len(packs),
-        "fill_share": tokens / (len(packs) * capacity) if packs else 0.0,
+        **sums,
+        "rejected": [row for part in statistics for row in part["rejected"]][:REJECTED_SHOWN],
+        "fill_share": sums["tokens"] / (sums["packs"] * capacity) if sums["packs"] else 0.0,
         "sequence_length": capacity,
-        "sources": {
-            source: {"format": split.formats[source], **per_source[source]} for source in split.formats
-        },
-        "fingerprint": _fingerprint(packs),
+        "sources": {name: counts for part in statistics for name, counts in part["sources"].items()},
+        "fingerprint": hashlib.sha256("".join(part["fingerprint"] for part in statistics).encode()).hexdigest(),
     }
-
-
-def _fingerprint(packs: list[list[Example]]) -> str:
-    """SHA-256 over every token, mask and pack boundary: equal on all ranks, and for a run and its resume."""
-    digest = hashlib.sha256()
-    for group in packs:
-        digest.update(f"pack {len(group)}".encode())
-        for example in group:
-            digest.update(f"row {len(example)}".encode())
-            digest.update(example.input_ids.tobytes())
-            digest.update(example.loss_mask.tobytes())
-    return digest.hexdigest()

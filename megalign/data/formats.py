@@ -2,143 +2,271 @@
 
 | format | one row | becomes |
 |---|---|---|
-| messages | `{"messages": [{"role": "user", "content": "Hi"}, ...]}` (OpenAI) | Conversation |
-| instruction | `{"instruction": "...", "input": "", "response" or "output": "..."}` (Alpaca) | Conversation |
+| messages | `{"messages": [{"role": "user", "content": "Hi"}, ...], "tools": [...]}` (OpenAI) | Conversation |
+| sharegpt | `{"conversations": [{"from": "human", "value": "Hi"}, ...]}` (Hermes and Glaive tool calls too) | Conversation |
+| instruction | `{"instruction", "input", "output" or "response", "system", "history"}` (Alpaca) | Conversation |
+| prompt_completion | `{"prompt", "completion"}`, texts or messages | Conversation |
+| xlam | `{"query", "tools", "answers": [{"name", "arguments"}]}`; no answer: no tool fits | Conversation |
 | text | `{"text": "..."}`; in a .txt file: a block between blank lines | TextRow |
+| preference | `{"prompt", "chosen", "rejected"}`, or the prompt at the beginning of both sides | PreferencePair |
+| hh | `{"chosen": "\\n\\nHuman: ...", "rejected": "\\n\\nHuman: ..."}` (HH-RLHF) | PreferencePair |
+| comparison | `{"instruction", "output_1", "output_2", "preference"}` (AlpacaEval) | PreferencePair |
+| ranked | `{"context", "completions": [{"rank", "completion"}]}` | RankedResponses |
+| ultrafeedback | `{"instruction", "completions": [{"response", "overall_score"}]}` | RankedResponses |
+| helpsteer | `{"prompt", "response", "helpfulness", ...}`, or two responses and a strength | ScoredResponse, PreferencePair |
+| unpaired | `{"prompt", "completion", "label"}` or `{"messages", "label"}` (KTO) | LabelledResponse |
+| gsm8k | `{"question", "answer": "... #### 72"}` | VerifiableProblem |
+| problem | `{"prompt", "answer"}` | VerifiableProblem |
+| human_eval | `{"prompt", "canonical_solution", "test", "entry_point"}` | VerifiableProblem |
+| prompts | `{"turns": [...]}` (MT-Bench), `{"prompt", "label"}` (XSTest), `{"prompt"}` | Prompt |
+| judge_prompts | `{"name", "system_prompt", "prompt_template"}` (MT-Bench) | JudgePrompt |
 
-Files: .jsonl (a row a line), .json (one array, or lines after all), .txt, each also with .gz. A row that
-cannot be used is never fatal here and never silent: it comes out as a `BadRow` with its line and reason.
+`read_records` yields these; `read_rows` what supervised training takes of them (`SFT_TAKES`). A row that cannot
+be used is never fatal here and never silent: it comes out as a `BadRow` with its line and reason.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from megalign.data.files import Unusable, json_values, kind, text_blocks
-from megalign.data.rows import BadRow, Conversation, DataError, Message, Row, TextRow
+from megalign.data import judged, questions
+from megalign.data.files import kind, values
+from megalign.data.rows import (
+    AnyRow,
+    BadRow,
+    Conversation,
+    DataError,
+    LabelledResponse,
+    Message,
+    PreferencePair,
+    Prompt,
+    RankedResponses,
+    Row,
+    ScoredResponse,
+    TextRow,
+    Unusable,
+    Values,
+    VerifiableProblem,
+)
+from megalign.data.tools import read_calls
+from megalign.data.turns import answer_turns, dialogue, prompt_turns, string, turns
 
-ROLES = ("system", "user", "assistant")
-# Keys that change what a row means and that no template here renders: without them it would be another row.
-UNSUPPORTED_IN_ROW = ("tools", "functions", "history", "system")
-UNSUPPORTED_IN_MESSAGE = ("tool_calls", "function_call")
-# The key that tells a format is its name too; the first found decides (Alpaca's own file has "text" as well).
-_TELLING_KEYS = ("messages", "instruction", "text")
+# Said when no tool fits the question: xLAM's irrelevance rows give an empty list, which is no sentence.
+NO_TOOL_FITS = "None of the available tools can answer this."
+
+# What supervised training takes of a format that is not a dialogue or text already.
+SFT_TAKES = {
+    "preference": "the chosen side",
+    "hh": "the chosen side",
+    "comparison": "the preferred output",
+    "ranked": "the best completion",
+    "ultrafeedback": "the best completion",
+    "helpsteer": "every response, or the preferred one of two",
+    "unpaired": "the responses with label true",
+    "gsm8k": "the worked solution",
+    "problem": "the answer",
+    "human_eval": "the canonical solution",
+    "prompts": "the answers, where there are any",
+    "xlam": f'the calls; where no tool fits, "{NO_TOOL_FITS}"',
+}
 
 
 def detect(path: str | Path) -> str:
-    """The format of a file: "messages", "instruction" or "text", told by the first row that is a JSON object.
+    """The format of a file, a name of the table above, told by the keys of the first row that is a JSON object.
 
     Raises DataError if the file is missing or no row tells.
     """
     path = Path(path)
     if kind(path) == ".txt":
         return "text"
-    keys: list[str] = []
-    for _, value in json_values(path):
+    for _, value in values(path):
         if isinstance(value, dict):
-            keys = list(value)
-            found = [key for key in _TELLING_KEYS if key in value]
+            found = next((name for name, tells in _TELLS.items() if tells(value)), None)
             if found:
-                return found[0]
-            break
-    else:
-        raise DataError(f"{path}: the file holds no rows; give a file with at least one")
-    raise DataError(
-        f"{path}: format not recognised; keys of the first object: {keys[:8]}; a row has one of "
-        f"{list(_TELLING_KEYS)}; convert the file, or name its format in data.format"
-    )
+                return found
+            keys = list(value)[:8]
+            raise DataError(
+                f"{path}: format not recognised; keys of the first object: {keys}; formats: {', '.join(FORMATS)}; "
+                "convert the file, or name its format in data.format (or --format)"
+            )
+    raise DataError(f"{path}: the file holds no rows; give a file with at least one")
 
 
-def read_rows(path: str | Path, format: str = "auto") -> Iterator[Row]:
-    """Every row of a file in order. Raises DataError if the file as a whole cannot be read."""
+def announcement(source: str, format: str) -> str:
+    """The line that tells how a file is read."""
+    takes = SFT_TAKES.get(format)
+    return f"{source}: format {format}" + (f", of which supervised training takes {takes}" if takes else "")
+
+
+def read_records(path: str | Path, format: str = "auto") -> Iterator[AnyRow]:
+    """Every row of a file in order, typed as the file has it.
+
+    Raises DataError if the file as a whole cannot be read.
+    """
     path = Path(path)
     format = detect(path) if format == "auto" else format
-    if kind(path) == ".txt":
-        if format != "text":
-            raise DataError(
-                f"{path}: a .txt file holds text, but data.format is {format!r}; set it to text or auto"
-            )
-        values = text_blocks(path)
-    else:
-        values = json_values(path)
-    to_row = {"messages": _from_messages, "instruction": _from_instruction, "text": _from_text}[format]
-    for line, value in values:
+    if format not in FORMATS:
+        raise DataError(f"data.format is {format!r}; known: auto, {', '.join(FORMATS)}")
+    if kind(path) == ".txt" and format != "text":
+        raise DataError(f"{path}: a .txt file holds text, but data.format is {format!r}; set it to text or auto")
+    read = FORMATS[format]
+    for line, value in values(path):
         try:
             if isinstance(value, Unusable):
                 raise value
             if not isinstance(value, dict):
                 raise Unusable(f"not a JSON object but {type(value).__name__}")
-            _refuse(UNSUPPORTED_IN_ROW, value)
-            yield to_row(value, str(path), line)
+            yield read(value, str(path), line)
         except Unusable as error:
             yield BadRow(str(path), line, str(error))
+        except RecursionError:
+            yield BadRow(str(path), line, "nested too deep")
 
 
-def _from_messages(value: dict[str, Any], source: str, line: int) -> Conversation:
-    messages = value.get("messages")
-    if not isinstance(messages, list):
-        raise Unusable("key 'messages' is missing" if messages is None else "'messages' is not a list")
-    return _conversation([_message(m, f"message {n}: ") for n, m in enumerate(messages, 1)], source, line)
+def read_rows(path: str | Path, format: str = "auto") -> Iterator[Row]:
+    """Every row of a file as supervised training takes it. Raises DataError as `read_records` does."""
+    return map(for_training, read_records(path, format))
 
 
-def _message(value: Any, where: str) -> Message:
-    if not isinstance(value, dict):
-        raise Unusable(f"{where}not an object but {type(value).__name__}")
-    _refuse(UNSUPPORTED_IN_MESSAGE, value, where)
-    if value.get("weight") not in (None, 1):  # OpenAI's way to leave a turn out of the loss
-        raise Unusable(f"{where}'weight' is {value['weight']!r}, only 1 is supported")
-    if value.get("role") not in ROLES:
-        raise Unusable(f"{where}unknown role {repr(value.get('role'))[:40]}; known: {', '.join(ROLES)}")
-    return Message(value["role"], _string(value, "content", where))
+def for_training(row: AnyRow) -> Row:
+    """The dialogue to imitate in any row, or the reason why it holds none."""
+    match row:
+        case PreferencePair(prompt=prompt, chosen=response):
+            messages = (*prompt, *response.messages)
+        case RankedResponses(prompt=prompt, responses=(response, *_)):
+            messages = (*prompt, *response.messages)
+        case LabelledResponse(label=False):
+            return BadRow(row.source, row.line, "label is false: an answer not to imitate")
+        case LabelledResponse(prompt=prompt, response=response) | ScoredResponse(prompt=prompt, response=response):
+            messages = (*prompt, *response.messages)
+        case VerifiableProblem(prompt=prompt):
+            messages = (*prompt, Message("assistant", row.solution or row.answer))
+        case Prompt(turns=(first,), answer=str(answer)):
+            messages = (Message("user", first), Message("assistant", answer))
+        case Conversation() | TextRow() | BadRow():
+            return row
+        case _:
+            return BadRow(row.source, row.line, "a question without an answer: nothing to train on")
+    tools = row.tools if isinstance(row, PreferencePair) else ()
+    return Conversation(messages, row.source, row.line, tools)
 
 
-def _from_instruction(value: dict[str, Any], source: str, line: int) -> Conversation:
+def _messages(value: Values, source: str, line: int) -> Conversation:
+    if value.get("messages") is None:
+        raise Unusable("key 'messages' is missing")
+    return dialogue(turns(value["messages"]), value, source, line)
+
+
+def _sharegpt(value: Values, source: str, line: int) -> Conversation:
+    if value.get("conversations") is None:
+        raise Unusable("key 'conversations' is missing")
+    said = turns(value["conversations"], "'conversations'")
+    return dialogue(_with_system(value, said), value, source, line)
+
+
+def _instruction(value: Values, source: str, line: int) -> Conversation:
     answers = [key for key in ("response", "output") if key in value]
     if len(answers) != 1:
         raise Unusable(f"needs one of the keys 'response' and 'output', has {len(answers)}")
-    user = _string(value, "instruction")
+    user, given = string(value, "instruction"), ""
     if value.get("input") not in (None, ""):
-        user += "\n\n" + _string(value, "input")
-    answer = _string(value, answers[0])
-    return _conversation([Message("user", user), Message("assistant", answer)], source, line)
+        given = string(value, "input")
+        user += "\n\n" + given
+    said = [*_history(value), Message("user", user, input=given), Message("assistant", string(value, answers[0]))]
+    return dialogue(_with_system(value, said), value, source, line)
 
 
-def _from_text(value: dict[str, Any], source: str, line: int) -> TextRow:
-    return TextRow(_string(value, "text"), source, line)
+def _history(value: Values) -> Iterator[Message]:
+    """Alpaca's earlier exchanges: `[[question, answer], ...]`."""
+    history = value.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise Unusable("'history' is not a list of [question, answer]")
+    for number, pair in enumerate(history, 1):
+        for role, text in zip(("user", "assistant"), pair):
+            yield Message(role, string({"text": text}, "text", f"exchange {number} of 'history': "))
 
 
-def _conversation(messages: list[Message], source: str, line: int) -> Conversation:
-    """An optional system message, then user and assistant in turn, an assistant at least once."""
-    turns = messages[1:] if messages and messages[0].role == "system" else messages
-    offset = len(messages) - len(turns)
-    for number, message in enumerate(turns):
-        due = "user" if number % 2 == 0 else "assistant"
-        if message.role != due:
-            raise Unusable(f"message {number + offset + 1}: role is {message.role!r} where {due!r} is due")
-    if len(turns) < 2:
-        raise Unusable("no assistant turn: nothing to score")
-    return Conversation(tuple(messages), source, line)
+def _with_system(value: Values, said: list[Message]) -> list[Message]:
+    system = value.get("system")
+    if system in (None, "") or (said and said[0].role == "system"):
+        return said
+    return [Message("system", string(value, "system")), *said]
 
 
-def _refuse(keys: tuple[str, ...], value: dict[str, Any], where: str = "") -> None:
-    for key in keys:
-        if value.get(key):
-            raise Unusable(f"{where}key {key!r} is not supported")
+def _prompt_completion(value: Values, source: str, line: int) -> Conversation:
+    completion = answer_turns(value.get("completion"), "'completion'")
+    return dialogue([*prompt_turns(value.get("prompt")), *completion], value, source, line)
 
 
-def _string(value: dict[str, Any], key: str, where: str = "") -> str:
-    text = value.get(key)
-    if text is None:
-        raise Unusable(f"{where}{key!r} is null" if key in value else f"{where}key {key!r} is missing")
-    if not isinstance(text, str):
-        raise Unusable(f"{where}{key!r} is not a string but {type(text).__name__}")
-    if not text.strip():
-        raise Unusable(f"{where}{key!r} is empty")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        # A byte that `files` kept as a lone surrogate, or one written as an escape (half an emoji).
-        raise Unusable(f"{where}{key!r} is not valid UTF-8") from None
-    return text
+def _xlam(value: Values, source: str, line: int) -> Conversation:
+    answers = value.get("answers")
+    if answers is None:
+        raise Unusable("key 'answers' is missing")
+    calls = read_calls(answers)
+    reply = Message("assistant", "" if calls else NO_TOOL_FITS, calls)
+    return dialogue([Message("user", string(value, "query")), reply], value, source, line)
+
+
+def _text(value: Values, source: str, line: int) -> TextRow:
+    return TextRow(string(value, "text"), source, line)
+
+
+FORMATS: dict[str, Callable[[Values, str, int], AnyRow]] = {
+    "messages": _messages,
+    "sharegpt": _sharegpt,
+    "instruction": _instruction,
+    "prompt_completion": _prompt_completion,
+    "xlam": _xlam,
+    "text": _text,
+    "preference": judged.preference,
+    "hh": judged.hh,
+    "comparison": judged.comparison,
+    "ranked": judged.ranked,
+    "ultrafeedback": judged.ultrafeedback,
+    "helpsteer": judged.helpsteer,
+    "unpaired": judged.unpaired,
+    "gsm8k": questions.gsm8k,
+    "problem": questions.problem,
+    "human_eval": questions.human_eval,
+    "prompts": questions.prompts,
+    "judge_prompts": questions.judge_prompts,
+}
+
+
+def _has(*keys: str) -> Callable[[dict[str, Any]], bool]:
+    return lambda value: all(key in value for key in keys)
+
+
+def _first_item(value: dict[str, Any]) -> dict[str, Any]:
+    items = value.get("completions")
+    return items[0] if isinstance(items, list) and items and isinstance(items[0], dict) else {}
+
+
+# The first that is true decides: the more telling keys come first (Alpaca's own file has "text" as well).
+_TELLS: dict[str, Callable[[dict[str, Any]], bool]] = {
+    "hh": lambda v: _has("chosen", "rejected")(v)
+    and "prompt" not in v
+    and all(isinstance(v[k], str) and v[k].lstrip().startswith("Human:") for k in ("chosen", "rejected")),
+    "preference": _has("chosen", "rejected"),
+    "comparison": _has("output_1", "output_2", "preference"),
+    "ranked": lambda v: "rank" in _first_item(v),
+    "ultrafeedback": lambda v: "response" in _first_item(v),
+    "helpsteer": lambda v: _has("prompt", "response", "helpfulness")(v)
+    or _has("response_1", "response_2", "preference_strength")(v)
+    or _has("response1", "response2", "overall_preference")(v),
+    "unpaired": lambda v: isinstance(v.get("label"), (bool, int))
+    and ("messages" in v or "conversations" in v or "completion" in v),
+    "xlam": _has("query", "tools", "answers"),
+    "messages": _has("messages"),
+    "sharegpt": _has("conversations"),
+    "human_eval": _has("prompt", "canonical_solution", "test"),
+    "judge_prompts": _has("system_prompt", "prompt_template"),
+    "instruction": _has("instruction"),
+    "gsm8k": lambda v: isinstance(v.get("answer"), str) and "question" in v and "####" in v["answer"],
+    "prompts": lambda v: isinstance(v.get("turns"), list) or ("prompt" in v and ("label" in v or "final_label" in v)),
+    "prompt_completion": _has("prompt", "completion"),
+    "problem": lambda v: "answer" in v and ("prompt" in v or "question" in v),
+    "text": _has("text"),
+}

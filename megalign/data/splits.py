@@ -2,89 +2,192 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from megalign.config.schema import DataConfig, Recipe
-from megalign.data.formats import detect, read_rows
 from megalign.data.rows import BadRow, DataError, Row
+from megalign.data.source import GRAMMAR, Source, open_source
 
-GRAMMAR = "grammar"  # in the place of a file name: the built-in toy dialogues
-GRAMMAR_ROWS = 10_000  # where data.max_rows gives no number
+BAD_SHOWN = 5
+
+
+@dataclass
+class Look:
+    """What is known of the rows of a source once they were read."""
+
+    readable: np.ndarray  # [N] bool
+    bad: list[BadRow]  # the first unreadable ones
+    encoded: Any = None  # a cache.Encoded, where they were tokenised too
+
+
+@dataclass
+class Piece:
+    """Rows start to stop of a source."""
+
+    source: Source
+    look: Look
+    start: int
+    stop: int
+
+    def rows(self) -> Iterator[Row]:
+        return islice(self.source.rows(), self.start, self.stop)
+
+
+@dataclass
+class Part:
+    """What has one weight in the mixture; without a mixture all there is."""
+
+    name: str
+    weight: float
+    pieces: list[Piece] = field(default_factory=list)
 
 
 @dataclass
 class Split:
-    """Rows as read, unusable ones among them, and the format found in each source."""
+    """Rows, unusable ones among them, read from the files each time they are asked for."""
 
-    rows: list[Row] = field(default_factory=list)
-    formats: dict[str, str] = field(default_factory=dict)
+    parts: list[Part] = field(default_factory=list)
+
+    @property
+    def pieces(self) -> list[Piece]:
+        return [piece for part in self.parts for piece in part.pieces]
+
+    @property
+    def formats(self) -> dict[str, str]:
+        return {piece.source.name: piece.source.format for piece in self.pieces}
+
+    @property
+    def rows(self) -> Rows:
+        return Rows(self.pieces)
 
 
-def read_splits(recipe: Recipe) -> tuple[Split, Split]:
+class Rows:
+    """The rows of some pieces, one at a time, as often as wanted."""
+
+    def __init__(self, pieces: list[Piece]):
+        self.pieces = pieces
+
+    def __len__(self) -> int:
+        return sum(piece.stop - piece.start for piece in self.pieces)
+
+    def __iter__(self) -> Iterator[Row]:
+        for piece in self.pieces:
+            yield from piece.rows()
+
+
+def read_splits(recipe: Recipe, look: Callable[[Source], Look] | None = None) -> tuple[Split, Split]:
     """Rows to train on and rows to validate on.
 
-    Without `data.validation` the last `data.validation_rows` of data.train are set apart. `data.max_rows`
-    bounds the rows read of data.train, those set apart included. The built-in grammar validates on
-    combinations that its training rows never contain. Raises DataError for a missing or empty file and past
-    `data.max_bad_share`.
+    Without `data.validation` the last `data.validation_rows` of data.train are set apart (of each source of a
+    mixture, by its weight). `data.max_rows` bounds the rows read of data.train (of each source of a mixture), those
+    set apart included. The built-in grammar validates on combinations that its training rows never contain.
+    Raises DataError for a missing or empty file and past `data.max_bad_share`.
     """
     data, seed = recipe.data, recipe.train.seed
-    train = _read(data.train, data, data.max_rows, seed, held_out=False)
+    look = look or scan
+    if data.mixture is None:
+        train = Split([Part("", 1.0, _read(data.train, data, data.max_rows, seed, look))])
+    else:
+        total = sum(part.weight for part in data.mixture)
+        train = Split([Part(p.name, p.weight / total, _read(p.path, data, data.max_rows, seed, look)) for p in data.mixture])
+    _check_bad(train.pieces, data)
     if data.validation is not None:
-        return train, _read(data.validation, data, None, seed, held_out=True)
+        return train, _validation(_read(data.validation, data, None, seed, look, held_out=True), data)
     if data.validation_rows == 0:
         return train, Split()
-    if data.train == GRAMMAR:
-        return train, _read(GRAMMAR, data, data.validation_rows, seed, held_out=True)
-    readable = [number for number, row in enumerate(train.rows) if not isinstance(row, BadRow)]
-    if data.validation_rows >= len(readable):
-        raise DataError(
-            f"data.validation_rows is {data.validation_rows}, but data.train has {len(readable)} "
-            "readable rows: none would be left to train on; lower it (0: no validation), or give data.validation"
-        )
-    cut = readable[-data.validation_rows]
-    return Split(train.rows[:cut], train.formats), Split(train.rows[cut:], train.formats)
+    if data.mixture is None and data.train == GRAMMAR:
+        return train, _validation(_read(GRAMMAR, data, data.validation_rows, seed, look, held_out=True), data)
+    validation = Part("", 1.0)
+    for part, count in zip(train.parts, shares_of(data.validation_rows, [part.weight for part in train.parts])):
+        part.pieces, apart = _set_apart(part.pieces, count, part.name)
+        validation.pieces += apart
+    return train, Split([validation])
 
 
-def listing(bad: list[BadRow], count: int) -> str:
-    """The first `count` bad rows, a line each, for the end of an error message."""
+def shares_of(count: int, weights: list[float]) -> list[int]:
+    """Whole numbers that sum to `count`, as near to the weights as whole numbers can be (largest remainders)."""
+    exact = [count * weight / sum(weights) for weight in weights]
+    whole = [int(value) for value in exact]
+    for index in sorted(range(len(exact)), key=lambda i: whole[i] - exact[i])[: count - sum(whole)]:
+        whole[index] += 1
+    return whole
+
+
+def scan(source: Source) -> Look:
+    """Read a source through once."""
+    readable, bad = bytearray(), []
+    for row in source.rows():
+        readable.append(not isinstance(row, BadRow))
+        if isinstance(row, BadRow) and len(bad) < BAD_SHOWN:
+            bad.append(row)
+    return Look(np.frombuffer(bytes(readable), bool), bad)
+
+
+def listing(bad: list[BadRow], count: int, total: int | None = None) -> str:
+    """The first `count` bad rows, a line each, for the end of an error message; `total`: how many there are."""
     lines = [f"\n  {row.source}:{row.line}: {row.reason}" for row in bad[:count]]
-    return "".join(lines) + (f"\n  and {len(bad) - count} more" if len(bad) > count else "")
+    more = (len(bad) if total is None else total) - count
+    return "".join(lines) + (f"\n  and {more} more" if more > 0 else "")
 
 
 def _read(
-    sources: str | list[str], data: DataConfig, max_rows: int | None, seed: int, *, held_out: bool
-) -> Split:
-    split = Split()
-    for source in [sources] if isinstance(sources, str) else sources:
-        left = None if max_rows is None else max_rows - len(split.rows)
+    sources: str | list[str], data: DataConfig, max_rows: int | None, seed: int, look: Callable[[Source], Look], held_out: bool = False
+) -> list[Piece]:
+    pieces: list[Piece] = []
+    for name in [sources] if isinstance(sources, str) else sources:
+        left = None if max_rows is None else max_rows - sum(piece.stop for piece in pieces)
         if left == 0:
             break
-        if source == GRAMMAR:
-            from megalign.data import grammar
+        source = open_source(name, data, left, seed, held_out=held_out)
+        seen = look(source)
+        if not len(seen.readable):
+            raise DataError(f"{source.name}: the file holds no rows")
+        pieces.append(Piece(source, seen, 0, len(seen.readable)))
+    return pieces
 
-            draw = grammar.held_out if held_out else grammar.generate
-            split.formats[source] = "messages"
-            split.rows += draw(GRAMMAR_ROWS if left is None else left, seed)
-            continue
-        if not Path(source).is_file():
-            raise DataError(
-                f"data file {source!r} does not exist (from {Path.cwd()}); correct data.train or .validation"
-            )
-        source = str(Path(source))  # as the rows themselves spell it
-        split.formats[source] = detect(source) if data.format == "auto" else data.format
-        rows = list(islice(read_rows(source, split.formats[source]), left))
-        if not rows:
-            raise DataError(f"{source}: the file holds no rows")
-        split.rows += rows
 
-    bad = [row for row in split.rows if isinstance(row, BadRow)]
-    share = len(bad) / max(len(split.rows), 1)
-    if share > data.max_bad_share:
+def _validation(pieces: list[Piece], data: DataConfig) -> Split:
+    _check_bad(pieces, data)
+    return Split([Part("", 1.0, pieces)])
+
+
+def _set_apart(pieces: list[Piece], count: int, name: str) -> tuple[list[Piece], list[Piece]]:
+    """The pieces up to the last `count` readable rows, and those from there on."""
+    if count == 0:
+        return pieces, []
+    total = sum(int(piece.look.readable.sum()) for piece in pieces)
+    if count >= total:
+        where = f"the mixture's source {name!r} has {count} of them to give, but" if name else "data.train has"
         raise DataError(
-            f"{len(bad)} of {len(split.rows)} rows are unusable: {share:.2%}, and data.max_bad_share allows "
-            f"{data.max_bad_share:.2%}; correct them, or raise it{listing(bad, 5)}"
+            f"data.validation_rows is {count}, but {where} {total} "
+            "readable rows: none would be left to train on; lower it (0: no validation), or give data.validation"
         )
-    return split
+    kept, apart = list(pieces), []
+    while count:
+        last = kept.pop()
+        readable = np.flatnonzero(last.look.readable)
+        if len(readable) <= count:
+            apart.insert(0, last)
+            count -= len(readable)
+            continue
+        cut = int(readable[-count])
+        kept.append(Piece(last.source, last.look, 0, cut))
+        apart.insert(0, Piece(last.source, last.look, cut, last.stop))
+        count = 0
+    return kept, apart
+
+
+def _check_bad(pieces: list[Piece], data: DataConfig) -> None:
+    rows = sum(len(piece.look.readable) for piece in pieces)
+    bad = rows - sum(int(piece.look.readable.sum()) for piece in pieces)
+    if bad / max(rows, 1) > data.max_bad_share:
+        first = [row for piece in pieces for row in piece.look.bad]
+        raise DataError(
+            f"{bad} of {rows} rows are unusable: {bad / rows:.2%}, and data.max_bad_share allows "
+            f"{data.max_bad_share:.2%}; correct them, or raise it{listing(first, BAD_SHOWN, bad)}"
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,17 +11,32 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megalign.config.layout import layers_with_experts, padded_vocab
-from megalign.config.schema import ModelConfig
+from megalign.config.schema import ModelConfig, Recipe
 from megalign.models.gpt import DialogueModel
 from megalign.parallel.grid import Grid
 from megalign.parallel.layers import block_spec
 
-
 ACTIVATIONS: dict[str, Any] = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
 
 
-def transformer_config(model: ModelConfig, grid: Grid, *, sequence_parallel: bool = False, bf16: bool = False) -> TransformerConfig:
-    """Megatron's configuration of `model` on `grid`."""
+def run_options(recipe: Recipe) -> dict[str, Any]:
+    """The fields of TransformerConfig that belong to a run and not to the model: uneven stages, recomputation."""
+    parallel, train = recipe.parallel, recipe.train
+    return dict(
+        num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
+        num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
+        pipeline_model_parallel_layout=parallel.pipeline_model_parallel_layout,
+        recompute_granularity=train.recompute_granularity,
+        recompute_method=train.recompute_method,
+        recompute_num_layers=train.recompute_num_layers,
+        recompute_modules=None if train.recompute_modules is None else list(train.recompute_modules),
+    )
+
+
+def transformer_config(
+    model: ModelConfig, grid: Grid, *, sequence_parallel: bool = False, bf16: bool = False, options: Mapping[str, Any] | None = None
+) -> TransformerConfig:
+    """Megatron's configuration of `model` on `grid`. options: of the run (`run_options`)."""
     dtype = torch.bfloat16 if bf16 else torch.float32
     interleaved = grid.virtual_pipeline is not None
     kind, latent = (MLATransformerConfig, _latent_attention(model)) if model.multi_latent_attention else (TransformerConfig, {})
@@ -64,6 +80,7 @@ def transformer_config(model: ModelConfig, grid: Grid, *, sequence_parallel: boo
         overlap_p2p_comm=False,
         deallocate_pipeline_outputs=not interleaved,
         **latent,
+        **(options or {}),
         **_experts(model, grid),
     )
     if model.rope_type == "yarn" and not model.multi_latent_attention:
@@ -135,12 +152,20 @@ def _leave(weight: torch.Tensor) -> None:
     """An initialiser that does nothing."""
 
 
-def build_chunks(model: ModelConfig, grid: Grid, vocab_size: int, *, sequence_parallel: bool = False, bf16: bool = False) -> list[DialogueModel]:
+def build_chunks(
+    model: ModelConfig,
+    grid: Grid,
+    vocab_size: int,
+    *,
+    sequence_parallel: bool = False,
+    bf16: bool = False,
+    options: Mapping[str, Any] | None = None,
+) -> list[DialogueModel]:
     """The parts of the model that this rank holds: one, or one a virtual stage. Weights are uninitialised.
 
-    vocab_size: rows the tokenizer needs; the tables are padded to `padded_vocab`.
+    vocab_size: rows the tokenizer needs; the tables are padded to `padded_vocab`. options: see `run_options`.
     """
-    config = transformer_config(model, grid, sequence_parallel=sequence_parallel, bf16=bf16)
+    config = transformer_config(model, grid, sequence_parallel=sequence_parallel, bf16=bf16, options=options)
     stages, latent = grid.virtual_pipeline or 1, model.multi_latent_attention
     chunks = []
     for stage in range(stages):
@@ -162,8 +187,15 @@ def build_chunks(model: ModelConfig, grid: Grid, vocab_size: int, *, sequence_pa
         if model.rope_type == "llama3":
             _scale_frequencies(chunk, model)
         _tag_experts(chunk)
+        if config.recompute_granularity is not None and chunk.pre_process:
+            chunk.embedding.register_forward_hook(_with_gradient)
         chunks.append(chunk if not torch.cuda.is_available() else chunk.cuda())
     return chunks
+
+
+def _with_gradient(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    """Reentrant checkpoints give no gradient to weights when no INPUT needs one: frozen embeddings would freeze the rest."""
+    return output if output.requires_grad or not torch.is_grad_enabled() else output.detach().requires_grad_()
 
 
 def _scale_frequencies(chunk: DialogueModel, model: ModelConfig) -> None:

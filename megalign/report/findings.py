@@ -17,7 +17,7 @@ CROWDED, SPARSE = 0.05, 0.7  # share of rows cut; share of a pack that holds tok
 
 def findings(run: RunRecord) -> list[str]:
     """Sentences, the most urgent first; none is a good sign."""
-    return [*_losses(run), *_gradients(run), *_data(run)]
+    return [*_losses(run), *_gradients(run), *_ranks(run), *_data(run)]
 
 
 def commands(run: RunRecord, status: str) -> list[tuple[str, str]]:
@@ -80,6 +80,12 @@ def _gradients(run: RunRecord) -> Iterator[str]:
             f"{percent(clipped, 0)} of the last 100 gradients were clipped (optimizer.clip_grad = {clip:g}): the clip, "
             "not optimizer.lr, sets the step. Lower the learning rate or raise the clip."
         )
+
+
+def _ranks(run: RunRecord) -> Iterator[str]:
+    stragglers = [str(event["message"]) for event in run.events if event["event"] == "straggler"]
+    if stragglers:
+        yield f"All ranks wait for one: {stragglers[-1]}. Look at its host (other jobs, clocks), or at what the layout gives it."
 
 
 def _data(run: RunRecord) -> Iterator[str]:

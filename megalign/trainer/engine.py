@@ -15,7 +15,7 @@ from torch import Tensor
 from megalign.batch import Batch
 from megalign.config.schema import Recipe
 from megalign.losses import TokenLoss
-from megalign.models.build import build_chunks
+from megalign.models.build import build_chunks, run_options
 from megalign.models.forward import scored_logprobs
 from megalign.models.freeze import freeze
 from megalign.models.pretrained import load_pretrained
@@ -31,9 +31,11 @@ from megalign.parallel.optimizer import (
     wrap_data_parallel,
     zero_gradients,
 )
+from megalign.parallel.saving import Save
 from megalign.parallel.schedule import forward_backward, from_last_stage, rescale_for_megatron, sum_over
 from megalign.trainer.experts import ExpertWatch
 from megalign.trainer.guard import TrainingStopped, describe_non_finite
+from megalign.trainer.phases import MegatronTimers, Phases
 
 # What the last stage returned for a microbatch -> its loss.
 LossFunction = Callable[[Tensor, Batch], TokenLoss]
@@ -63,7 +65,9 @@ class Engine:
         model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
         bf16 = recipe.train.precision == "bf16"
         parallel = recipe.parallel
-        models = build_chunks(recipe.model, grid, vocab_size, sequence_parallel=parallel.sequence_parallel, bf16=bf16)
+        models = build_chunks(
+            recipe.model, grid, vocab_size, sequence_parallel=parallel.sequence_parallel, bf16=bf16, options=run_options(recipe)
+        )
         if recipe.model.init_from:
             load_pretrained(models, recipe.model, grid, vocab_size)
         else:
@@ -71,6 +75,8 @@ class Engine:
         if train:
             freeze(models, grid, recipe.train.freeze)
         self.config: Any = models[0].config
+        self.phases = Phases(synchronize=recipe.logging.timers, nvtx=recipe.logging.nvtx and torch.cuda.is_available())
+        self.config.timers = MegatronTimers(self.phases)
         self.experts = ExpertWatch(models, grid)
         self.models = models
         self.chunks: list[Any] = [Float16Module(self.config, model) for model in models] if bf16 else list(models)
@@ -105,8 +111,9 @@ class Engine:
         result, losses = self._run(microbatches, loss, forward_only=False)
         if self.recipe.train.nan_guard:
             self._stop_if_not_finite(losses, step)
-        set_learning_rate(self.optimizer, lr)
-        _, grad_norm, _ = self.optimizer.step()
+        with self.phases("optimizer"):
+            set_learning_rate(self.optimizer, lr)
+            _, grad_norm, _ = self.optimizer.step()
         return StepResult(result.loss, result.tokens, result.metrics, float(grad_norm or 0.0))
 
     @torch.no_grad()
@@ -115,7 +122,7 @@ class Engine:
         for chunk in self.chunks:
             chunk.eval()
         total, tokens, metrics = 0.0, 0, {}
-        with self._deterministic_routing():
+        with self.phases("eval"), self._deterministic_routing():
             for microbatches in steps:
                 result, _ = self._run(microbatches, loss, forward_only=True)
                 total, tokens = total + result.loss * result.tokens, tokens + result.tokens
@@ -199,9 +206,9 @@ class Engine:
         fix = "no update was made; the last checkpoint is intact. Lower optimizer.lr, or look at that microbatch's rows"
         raise TrainingStopped(cause, step, microbatch=microbatch, parameter=parameter, fix=fix)
 
-    def save(self, folder: Path, step: int, meta: dict[str, Any], extra: Callable[[Path], None] | None = None) -> Path:
-        """A complete checkpoint of model and optimizer (collective)."""
-        return checkpoint.save(folder, step, self.chunks, self.optimizer, meta, self.grid, extra)
+    def save(self, folder: Path, step: int, meta: dict[str, Any], extra: Callable[[Path], None] | None = None, *, background: bool = False) -> Save:
+        """Begin a checkpoint of model and optimizer (collective); it appears when the caller finishes it."""
+        return Save(folder, step, self.chunks, self.optimizer, meta, self.grid, extra, background=background)
 
     def load(self, path: Path, *, same_generators: bool = False, weights_only: bool = False) -> dict[str, Any]:
         """Load a checkpoint of any layout (collective); return what was remembered with it."""

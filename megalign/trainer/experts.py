@@ -29,8 +29,12 @@ class ExpertWatch:
             router.register_forward_hook(self._hook(counts))
 
     def _hook(self, counts: Tensor) -> Any:
+        from megatron.core.tensor_parallel.random import is_checkpointing
+
         def count(module: Any, inputs: Any, output: Any) -> None:
-            if self.counting:
+            # A recomputed layer routes twice: first without gradient, then, in backward, with it.
+            again = is_checkpointing() and torch.is_grad_enabled()
+            if self.counting and not again:
                 routing_map = output[1]  # [tokens, E] bool
                 if len(inputs) > 1 and inputs[1] is not None:
                     routing_map = routing_map[~inputs[1].reshape(-1)]

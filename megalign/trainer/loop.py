@@ -15,14 +15,17 @@ from megalign.batch import Batch, collate, filled_tokens
 from megalign.config.layout import scaled_lr, total_steps
 from megalign.config.schema import Recipe, TrainConfig
 from megalign.data.dataset import Dataset
+from megalign.data.deal import sampler_of
+from megalign.data.mixture import MixtureSampler
 from megalign.data.sampler import Sampler
-from megalign.parallel.checkpoint import checkpoint_name, list_checkpoints
 from megalign.parallel.grid import Grid
+from megalign.parallel.preempt import Preempted, StopSignals
 from megalign.parallel.schedule import any_rank
+from megalign.trainer.checkpoints import Checkpoints
 from megalign.trainer.engine import Engine, LossFunction, StepResult
 from megalign.trainer.guard import ClipAlarm, SpikeGuard, TrainingStopped, expert_collapse
 from megalign.trainer.metrics import NullLogger
-from megalign.trainer.prune import checkpoints_to_remove, remove_checkpoints
+from megalign.trainer.profile import Instruments
 from megalign.trainer.schedule import learning_rate
 
 EXPERT_LOAD_INTERVAL = 10  # steps between looks at the routers
@@ -49,22 +52,19 @@ class Progress:
         return count
 
 
+def pads_microbatches(grid: Grid) -> bool:
+    """Whether microbatches are filled up to one length, because other ranks compute on the same one."""
+    return not grid.model.size == grid.context.size == grid.expert.size == 1
+
+
 class Batches:
     """A data set dealt to this rank, as packed microbatches."""
 
-    def __init__(self, dataset: Dataset, recipe: Recipe, grid: Grid, *, shuffle: bool, rows: int | None = None):
+    def __init__(self, dataset: Dataset, recipe: Recipe, grid: Grid, *, evaluation: bool = False, rows: int | None = None):
         self.dataset, self.recipe, self.grid = dataset, recipe, grid
         self.multiple = 2 * grid.context.size if grid.context.size > 1 else 1
-        data, train = recipe.data, recipe.train
-        self.sampler = Sampler(
-            len(dataset) if rows is None else min(rows, len(dataset)),
-            global_batch_size=train.global_batch_size,
-            micro_batch_size=train.micro_batch_size,
-            data_parallel_rank=grid.data.rank,
-            data_parallel_size=grid.data.size,
-            seed=train.seed,
-            shuffle=shuffle,
-            remainder=data.remainder if shuffle else "pad",
+        self.sampler = sampler_of(
+            dataset, recipe, data_parallel_rank=grid.data.rank, data_parallel_size=grid.data.size, evaluation=evaluation, rows=rows
         )
 
     def next_step(self) -> tuple[list[Batch], int]:
@@ -79,14 +79,14 @@ class Batches:
     def _collate(self, packs: Sequence[Any]) -> Batch:
         length = self.recipe.data.sequence_length
         pad_to = None
-        if self.grid.model.size == self.grid.context.size == self.grid.expert.size == 1:
+        if not pads_microbatches(self.grid):
             # Alone, a rank need not agree with neighbours on a length: no padding at the end.
             pad_to = max(1, filled_tokens(packs))
         return collate(packs, sequence_length=length, pad_id=self.dataset.tokenizer.eod, document_multiple=self.multiple, pad_to=pad_to)
 
     def one_pass(self) -> Iterator[list[Batch]]:
         """Every row once, in order (for evaluation)."""
-        self.sampler.load_state_dict({**self.sampler.state_dict(), "epoch": 0, "offset": 0})
+        self.sampler.restart()
         for _ in range(self.sampler.steps_per_epoch):
             yield self.next_step()[0]
 
@@ -98,24 +98,26 @@ def fit(
     loss: LossFunction,
     *,
     log: NullLogger,
-    checkpoints: Path,
+    checkpoints: Checkpoints,
+    instruments: Instruments,
     identity: dict[str, Any],
     resume_from: Path | None,
-    save_extra: Callable[[Path], None],
     flops_per_token: float,
     peak_flops: float,
+    stop: StopSignals,
     generate: Callable[[int], dict[str, float]] | None = None,
 ) -> Progress:
     """Train to the end of the recipe, or until a stopping rule holds; return where the run stands.
 
     generate: called with the step at each evaluation, on every rank; its metrics are logged with the loss.
 
-    Raises TrainingStopped (a guard) and CheckpointError (a full disk); the last complete checkpoint stays.
+    Raises TrainingStopped (a guard) and CheckpointError (a full disk); the last complete checkpoint stays. Raises
+    Preempted on every rank, with the step saved, once one of them has received a stop signal.
     """
     recipe, grid = engine.recipe, engine.grid
     config = recipe.train
-    batches = Batches(train, recipe, grid, shuffle=recipe.data.shuffle)
-    held_out = Batches(validation, recipe, grid, shuffle=False, rows=config.eval_rows) if len(validation) else None
+    batches = Batches(train, recipe, grid)
+    held_out = Batches(validation, recipe, grid, evaluation=True, rows=config.eval_rows) if len(validation) else None
     steps = total_steps(recipe, len(train)) or 1
     progress = Progress()
     clip_alarm = ClipAlarm(recipe.optimizer.clip_grad)
@@ -140,11 +142,7 @@ def fit(
             "spike": spike.state_dict() if spike else None,
         }
         meta = {"identity": identity, "recipe": recipe.model_dump(), "layout": grid.layout(), "training": training}
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        engine.save(checkpoints, progress.step, meta, save_extra)
-        log.event(progress.step, "checkpoint", checkpoint_name(progress.step))
-        if grid.is_logger:
-            remove_checkpoints(checkpoints_to_remove(list_checkpoints(checkpoints), progress.evaluations, config.keep_last, config.keep_best))
+        checkpoints.save(progress.step, meta, progress.evaluations)
 
     def evaluate() -> None:
         assert held_out is not None
@@ -157,13 +155,17 @@ def fit(
         perplexity = math.exp(min(result.loss, 80.0))
         log.eval(progress.step, eval_loss=result.loss, eval_tokens=result.tokens, eval_perplexity=perplexity, best=best, **more)
 
-    if progress.step == 0 and held_out is not None and config.eval_interval is not None:
-        evaluate()
     end = min(steps, config.stop_at_step or steps)
+    if held_out is not None and _evaluation_owed(progress, end, config):
+        evaluate()
     saved_at = progress.step if resume_from is not None else None
+    engine.phases.watched = True
     while progress.step < end and not _no_improvement(progress, config):
         began = time.monotonic()
-        microbatches, tokens = batches.next_step()
+        engine.phases.step = progress.step + 1
+        instruments.before_step(progress.step + 1)
+        with engine.phases("data"):
+            microbatches, tokens = batches.next_step()
         lr = learning_rate(
             progress.step,
             peak=peak_lr,
@@ -202,22 +204,37 @@ def fit(
             **result.metrics,
             **routing,
         )
+        instruments.after_step(progress.step, seconds)
+        checkpoints.poll()
         _watch(progress, result, routing, clip_alarm, spike, log)
         out_of_time = config.max_minutes is not None and any_rank(time.monotonic() - started > config.max_minutes * 60, grid)
+        preempted = any_rank(stop.received is not None, grid)
         last = progress.step == end or out_of_time
-        evaluated = held_out is not None and (last or (config.eval_interval and progress.step % config.eval_interval == 0))
+        # A scheduler that will kill us soon is not kept waiting by an evaluation: it is made up for on resumption.
+        evaluated = held_out is not None and not preempted and (last or (config.eval_interval and progress.step % config.eval_interval == 0))
         if evaluated:
             evaluate()
         is_best = evaluated and progress.best is not None and progress.best[0] == progress.step
         due = progress.step % config.save_interval == 0 if config.save_interval else evaluated
-        if last or due or (is_best and config.keep_best > 0) or _no_improvement(progress, config):
+        if last or due or preempted or (is_best and config.keep_best > 0) or _no_improvement(progress, config):
             save()
             saved_at = progress.step
+        if preempted:
+            checkpoints.wait()
+            cause = stop.received or "a stop signal on another rank"
+            log.event(progress.step, "stop", f"{cause}: the step is saved; the same command continues from there")
+            any_rank(False, grid)  # nobody leaves before the logging rank is done with the files
+            raise Preempted(progress.step, cause)
         if out_of_time:
             log.event(progress.step, "stop", f"train.max_minutes = {config.max_minutes:g} is over")
             break
     if saved_at != progress.step and progress.step > 0:
         save()
+    checkpoints.wait()
+    instruments.close(progress.step)
+    engine.phases.watched = False
+    if isinstance(batches.sampler, MixtureSampler):
+        log.event(progress.step, "mixture", batches.sampler.describe())
     if _no_improvement(progress, config):
         log.event(progress.step, "stop", f"eval_loss has not improved by more than {config.early_stop_min_delta:g} in {config.early_stop_patience} evaluations")
     elif progress.step == end < steps:
@@ -237,6 +254,14 @@ def _watch(progress: Progress, result: StepResult, routing: dict[str, Any], clip
         message = spike.observe(result.loss)
         if message:
             raise TrainingStopped(message, progress.step, fix="the last checkpoint is from before; lower optimizer.lr, or raise train.spike_factor")
+
+
+def _evaluation_owed(progress: Progress, end: int, config: TrainConfig) -> bool:
+    """Before the first step, and where a stop signal left no time for the evaluation of the step that was saved."""
+    if progress.step == 0:
+        return config.eval_interval is not None
+    done = bool(progress.evaluations) and progress.evaluations[-1][0] == progress.step
+    return not done and (progress.step == end or (config.eval_interval is not None and progress.step % config.eval_interval == 0))
 
 
 def _no_improvement(progress: Progress, config: TrainConfig) -> bool:

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,6 +20,7 @@ from rich.console import Console
 
 from megalign.report.run_folder import parse_line
 from megalign.trainer.progress import ProgressDisplay
+from megalign.trainer.trackers import Tracker
 
 SHARE_DIGITS = 5  # of expert_load: a large model has thousands of shares, and 1e-5 is far below 1/E
 
@@ -33,8 +34,11 @@ class NullLogger:
     def eval(self, step: int, **values: Any) -> None:
         """One evaluation: eval_loss, eval_tokens, eval_perplexity, best."""
 
+    def timers(self, step: int, **values: Any) -> None:
+        """Seconds of every rank since the last such row: slowest, times_median, ranks (see timers.py)."""
+
     def event(self, step: int, event: str, message: str) -> None:
-        """Something that happened: event is resume, checkpoint, warning or stop."""
+        """Something that happened: event is resume, checkpoint, warning, straggler, timers, profile or stop."""
 
     def close(self) -> None:
         """Release files and the terminal; harmless when repeated."""
@@ -54,7 +58,7 @@ class MetricsLogger(NullLogger):
     `resume_step` None starts a new record. A number continues one: lines of `train` and `eval` past it
     belong to steps that will be done again and are removed, as are torn lines; events stay, they
     happened. Each line is one `write` to a file opened for appending, so `kill -9` costs at most the
-    line being written.
+    line being written. A disk that fails costs nothing once it works again: lines wait in memory.
     """
 
     def __init__(
@@ -68,11 +72,16 @@ class MetricsLogger(NullLogger):
         resume_step: int | None = None,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
+        trackers: Mapping[str, Tracker] | None = None,
     ) -> None:
         output.mkdir(parents=True, exist_ok=True)
         path = output / "metrics.jsonl"
         _cut_back(path, resume_step)
         self._file = path.open("ab", buffering=0)
+        self._trackers = dict(trackers or {})
+        self._failed = False
+        self._unwritten = b""
+        self._complaints: set[str] = set()
         self._step = resume_step or 0
         self._board = _open_tensorboard(output / "tensorboard", resume_step) if tensorboard else None
         self._display = (
@@ -91,10 +100,12 @@ class MetricsLogger(NullLogger):
         if self._display is not None:
             self._display.eval(step, values)
 
+    def timers(self, step: int, **values: Any) -> None:
+        self._record("timers", step, values)
+
     def event(self, step: int, event: str, message: str) -> None:
         self._record("event", step, {"event": event, "message": message})
-        if self._board is not None:
-            self._board.add_text(f"event/{event}", message, step)
+        self._on_board("add_text", f"event/{event}", message, step)
         if self._display is not None:
             self._display.event(step, event, message)
 
@@ -102,18 +113,26 @@ class MetricsLogger(NullLogger):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """An error that ends the run becomes its last event, so that the record says why it ends."""
+        self._failed = error is not None
         if error is not None and not self._file.closed:
             with contextlib.suppress(OSError):  # the disk may be the reason
                 self.event(getattr(error, "step", self._step), "stop", str(error) or type(error).__name__)
         self.close()
 
     def close(self) -> None:
-        self._file.close()
+        if not self._file.closed:
+            self._write(b"")
+            self._file.close()
         if self._display is not None:
             self._display.close()
-        if self._board is not None:
-            self._board.close()
-            self._board = None
+        for tracker in self._trackers.values():
+            with contextlib.suppress(Exception):
+                tracker.close(self._failed)
+        self._trackers = {}
+        board, self._board = self._board, None
+        if board is not None:
+            with contextlib.suppress(OSError):
+                board.close()
 
     def _record(self, kind: str, step: int, values: dict[str, Any]) -> dict[str, Any]:
         self._step = step
@@ -124,12 +143,40 @@ class MetricsLogger(NullLogger):
                 for layer in values["expert_load"]
             ]
         row = {"kind": kind, "step": step, **values, "time": round(time.time(), 3)}
-        self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
-        if self._board is not None:
-            for name, value in values.items():
-                if isinstance(value, (int, float)) and not isinstance(value, bool):
-                    self._board.add_scalar(f"{kind}/{name.removeprefix('eval_')}", value, step)
+        self._write(json.dumps(row, allow_nan=False).encode() + b"\n")
+        scalars = {f"{kind}/{name.removeprefix('eval_')}": value for name, value in values.items() if isinstance(value, (int, float)) and not isinstance(value, bool)}
+        for name, value in scalars.items():
+            self._on_board("add_scalar", name, value, step)
+        for name in list(self._trackers) if scalars else []:
+            try:
+                self._trackers[name].log(scalars, step)
+            except Exception as error:  # a dashboard is no reason to end a run
+                self._complain(f"{name} cannot be told ({error})")
         return values
+
+    def _write(self, line: bytes) -> None:
+        """Append what a full or failing disk did not take before, then `line`: a record is no reason to end a run."""
+        self._unwritten += line
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            self._complain(f"metrics.jsonl cannot be written ({error.strerror}); lines wait in memory")
+
+    def _on_board(self, method: str, *arguments: Any) -> None:
+        """Call the TensorBoard writer, until its disk fails."""
+        if self._board is None:
+            return
+        try:
+            getattr(self._board, method)(*arguments)
+        except OSError as error:
+            self._board = None
+            self._complain(f"TensorBoard's file cannot be written ({error.strerror}); nothing more goes there")
+
+    def _complain(self, message: str) -> None:
+        if message not in self._complaints and self._display is not None:
+            self._display.event(self._step, "warning", message)
+        self._complaints.add(message)
 
 
 def _plain(value: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,13 +24,6 @@ def best_checkpoint(checkpoints: Sequence[Path], evaluations: Sequence[tuple[int
     scored = dict(evaluations)
     found = [path for path in checkpoints if _step(path) in scored]
     return min(found, key=lambda path: scored[_step(path)]) if found else None
-
-
-def remove_checkpoints(paths: Sequence[Path]) -> None:
-    """Remove them; a manifest goes first, so that a removal cut short leaves no checkpoint that looks complete."""
-    for path in paths:
-        (path / "manifest.json").unlink(missing_ok=True)
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def _step(path: Path) -> int:

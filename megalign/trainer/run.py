@@ -22,13 +22,16 @@ from megalign.config.load import dump_recipe
 from megalign.config.rules import check_vocabulary
 from megalign.config.schema import Recipe
 from megalign.data.dataset import Dataset, build_datasets, make_tokenizer
+from megalign.data.deal import describe_distribution, distribution
 from megalign.data.rows import BadRow, Conversation
 from megalign.data.splits import listing, read_splits
 from megalign.data.templates import template_hash
 from megalign.parallel.checkpoint import list_checkpoints, read_meta
 from megalign.parallel.grid import Grid, create_grid
 from megalign.parallel.init import World
+from megalign.trainer.loop import pads_microbatches
 from megalign.trainer.metrics import MetricsLogger, NullLogger
+from megalign.trainer.trackers import open_trackers
 
 
 class RunError(Exception):
@@ -80,8 +83,14 @@ class RunFolder:
         if not self.grid.is_logger:
             return
         (self.path / "recipe.yaml").write_text(dump_recipe(self.recipe))
-        self.write("data.json", {"train": train.statistics, "validation": validation.statistics})
+        self.write("data.json", {"train": {**train.statistics, **self.dealing(train)}, "validation": validation.statistics})
         self.write("environment.json", environment(self.grid, self.recipe.train.seed, command))
+
+    def dealing(self, train: Dataset) -> dict[str, Any]:
+        """What padding and waiting cost, and the sources of a mixture, for data.json."""
+        mixture = {part.name: {"weight": part.weight, "packs": part.stop - part.start} for part in train.parts}
+        found = distribution(train, self.recipe, self.grid.data.size, padded=pads_microbatches(self.grid))
+        return {"distribution": found, **({"mixture": mixture} if mixture else {})}
 
     def write(self, name: str, content: dict[str, Any]) -> None:
         """A JSON file, replaced in one step (logging rank only)."""
@@ -179,6 +188,7 @@ def announce(run: RunFolder, world: World, train: Dataset, log: NullLogger) -> N
     recipe, counts = run.recipe, train.statistics
     step = 0
     log.event(step, "batch", effective_batch(recipe, layout_of(recipe, world.size)))
+    log.event(step, "data", describe_distribution(run.dealing(train)["distribution"]))
     for line in warnings(recipe, world.size):
         log.event(step, "warning", line)
     left_out = counts["bad"] + counts["truncated_away"]
@@ -206,14 +216,19 @@ def open_logger(run: RunFolder, steps: int, resume_from: Path | None) -> NullLog
         return NullLogger()
     logging = run.recipe.logging
     resume_step = int(resume_from.name.split("_")[1]) if resume_from else None
-    return MetricsLogger(run.path, total_steps=steps, tensorboard=logging.tensorboard, log_interval=logging.log_interval, resume_step=resume_step)
+    trackers = open_trackers(logging.trackers, run.recipe.name, run.recipe.model_dump(mode="json"), run.path / "logs", resume=resume_from is not None)
+    return MetricsLogger(
+        run.path, total_steps=steps, tensorboard=logging.tensorboard, log_interval=logging.log_interval, resume_step=resume_step, trackers=trackers
+    )
 
 
 def prompts_of(dataset: Dataset, count: int | None) -> list[Conversation]:
     """The first conversations of a data set, each up to its last assistant turn, the reference; plain text has none."""
     rows = []
-    for row in dataset.kept:
-        if isinstance(row, Conversation) and (count is None or len(rows) < count):
+    for row in dataset.kept:  # read from the files: no further than needed
+        if count is not None and len(rows) == count:
+            break
+        if isinstance(row, Conversation):
             last = max(i for i, message in enumerate(row.messages) if message.role == "assistant")
             rows.append(replace(row, messages=row.messages[: last + 1]))
     return rows

@@ -11,14 +11,19 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.attention import divide
+from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megalign.config.errors import ConfigError
-from megalign.config.layout import expert_tensor_parallel_size
+from megalign.config.layout import expert_tensor_parallel_size, layout_of
+from megalign.config.memory import stage_numbers
 from megalign.config.rules import check
 from megalign.config.schema import Recipe
+from megalign.config.stages import stage_layers, unrolled
 
 
 def refused(model: dict, parallel: dict, world: int | None = None) -> set[str]:
@@ -88,6 +93,56 @@ def test_pipelines_that_megatron_refuses():
             assert fields == {"model.num_layers"}
         else:  # vpp without pp: the layers divide, and megatron refuses it when it makes the groups
             assert fields == ({"parallel.virtual_pipeline_model_parallel_size"} if vpp and pp == 1 else set())
+
+
+def uneven_pipelines() -> Iterator[tuple[int, int, int | None, dict[str, int]]]:
+    counts = (None, 1, 2, 3, 4)
+    for layers, pp, vpp, first, last in itertools.product((4, 5, 6, 8), (2, 3, 4), (None, 2), counts, counts):
+        keys = {"num_layers_in_first_pipeline_stage": first, "num_layers_in_last_pipeline_stage": last}
+        keys = {key: count for key, count in keys.items() if count is not None}
+        if keys:
+            yield layers, pp, vpp, keys
+
+
+def test_uneven_pipelines_are_those_of_megatron():
+    """What it refuses we refuse, and what we allow has its numbers of layers, chunk by chunk, and its offsets."""
+    refusals = allowed = 0
+    for layers, pp, vpp, keys in uneven_pipelines():
+        model = {"num_layers": layers, "hidden_size": 64, "num_attention_heads": 4}
+        parallel = {"pipeline_model_parallel_size": pp, "virtual_pipeline_model_parallel_size": vpp, **keys}
+        fields = refused(model, parallel)
+        recipe = Recipe.model_validate({"model": model, "parallel": parallel})
+        try:
+            config = megatron_config({**model, "ffn_hidden_size": 64}, parallel)
+            theirs = [
+                [(get_num_layers_to_build(config, chunk, stage), get_transformer_layer_offset(config, chunk, stage)) for chunk in range(vpp or 1)]
+                for stage in range(pp)
+            ]
+        except (ValueError, AssertionError, ZeroDivisionError) as error:
+            assert fields, f"megatron refuses {parallel} of {layers}: {error}"
+            refusals += 1
+            continue
+        if min(count for stage in theirs for count, _ in stage) < 1:  # -1 layers: megatron would build none, and lose some
+            assert fields, (layers, parallel)
+            continue
+        assert not fields, (layers, parallel, fields)
+        layout = layout_of(recipe)
+        assert stage_layers(recipe, layout) == [[count for count, _ in stage] for stage in theirs]
+        firsts = [stage[0][1] for stage in theirs]
+        assert [stage_numbers(recipe, layout, stage)[0] for stage in range(pp)] == firsts
+        allowed += 1
+    assert refusals > 50 and allowed > 20
+
+
+@pytest.mark.parametrize("text", ["Ett|tt|t*2|tL", "E|(t|)*2ttttL", "E,t*3|(t,t|)*2,L", "Et|(tt|)*2ttL"])
+def test_layout_strings_are_those_of_megatron(text):
+    theirs = PipelineParallelLayerLayout.parse_str_to_list(text)
+    assert [len(chunk) for chunk in unrolled(text)] == [len(chunk) for chunk in theirs]
+    recipe = Recipe.model_validate({"model": {"num_layers": 7}, "parallel": {
+        "pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": text}})  # fmt: skip
+    layout = PipelineParallelLayerLayout(text, 2)
+    counted = [[layout.layout[stage][chunk].count(LayerType.decoder) for chunk in range(2)] for stage in range(2)]
+    assert stage_layers(recipe, layout_of(recipe)) == counted
 
 
 @pytest.fixture

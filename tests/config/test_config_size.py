@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from megalign.config.memory import memory_per_rank
 from megalign.config.schema import ModelConfig, Recipe
-from megalign.config.size import count_parameters, memory_per_rank
+from megalign.config.size import count_parameters
 from megalign.models.presets import PRESETS
 
 
@@ -138,34 +139,10 @@ def test_activations_follow_the_schedule():
 
     one = activations()[0]
     first, second = activations(pp=2)
-    logits = 256 * 128 * (2 + 4 + 4)
+    logits = 256 * (128 * 2 + 128 * 2 + 128 * 4)  # final norm, scored positions, FP32 logits of 128 rows
     # 1F1B: pp microbatches in flight on stage 0, of 1/pp of the layers each; one on the last, and the logits.
     assert first == pytest.approx(one - logits) and second == pytest.approx(first / 2 + logits)
     chunks = activations(pp=2, vpp=2)[0] / first  # interleaved: (2 (pp - 1) + (vpp - 1) pp + 1) / (pp vpp) = 5 / 4
     assert chunks == pytest.approx(5 / 4)
     assert activations(tp=2)[0] < one and activations(tp=2, sequence_parallel=True)[0] < activations(tp=2)[0]
 
-
-def test_activations_are_near_what_autograd_keeps():
-    """Bytes that torch saves for backward in transformers' Llama, within 15 %."""
-    tokens, vocab = 256, 128
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model("llama", hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-                             num_key_value_heads=2, vocab_size=vocab),
-        attn_implementation="sdpa",
-    )  # fmt: skip
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    saved: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        ids = torch.arange(tokens)[None] % vocab
-        loss = model(input_ids=ids, labels=ids).loss
-    assert loss.requires_grad
-    (rank,) = memory_per_rank(recipe("tiny-dense", precision="fp32"), vocab)
-    assert sum(saved.values()) == pytest.approx(rank["activations"], rel=0.15)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import settings
 
@@ -14,6 +16,12 @@ settings.load_profile("busy machine")
 WORDS = """You are a helpful assistant. What is 2+2? 2+2 equals 4. And 3+3? 3+3 equals 6.
 user system assistant The fox lives at the harbour, and the owl in the forest; they're friends. Größe, naïve, 日本語, 🙂.
 <|im_start|>user <|im_end|> <|endoftext|> is what an attacker writes. <|im_end|> <|im_end|> <|im_end|>"""
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The cache of a recipe without an output lies under the working folder."""
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -79,11 +79,14 @@ BAD = {
     '{"messages": []}': "no assistant turn",
     '{"messages": ["Hi"]}': "message 1: not an object but str",
     '{"messages": [{"content": "Hi"}]}': "message 1: unknown role None",
-    chat(("tool", "Hi")): "message 1: unknown role 'tool'; known: system, user, assistant",
+    chat(("critic", "Hi")): "message 1: unknown role 'critic'; known: system, user, assistant, tool",
+    chat(("tool", "Hi")): "message 1: role is 'tool' where 'user' is due",
+    chat(("user", "Hi"), ("tool", "Hi")): "message 2: role is 'tool' where 'assistant' is due",
     chat(([], "Hi")): "message 1: unknown role []",
     '{"messages": [{"role": "user"}]}': "message 1: key 'content' is missing",
     chat(("user", None)): "message 1: 'content' is null",
     chat(("user", ["Hi"])): "message 1: 'content' is not a string but list",
+    chat(("user", [{"type": "image_url"}])): "message 1: 'content' is not a string but list",
     chat(("user", " \n")): "message 1: 'content' is empty",
     chat(("user", "Hi"), ("assistant", "half an emoji \ud83d")): "message 2: 'content' is not valid UTF-8",
     chat(("user", "Hi")): "no assistant turn",
@@ -96,9 +99,9 @@ BAD = {
     chat(
         ("user", "Hi"), ("assistant", "A"), ("system", "B")
     ): "message 3: role is 'system' where 'user' is due",
-    json.dumps(HI | {"tools": [{"name": "f"}]}): "key 'tools' is not supported",
-    '{"messages": [{"role": "assistant", "content": "a", "tool_calls": [1]}]}': "message 1: key 'tool_calls'",
-    '{"messages": [{"role": "user", "content": "a", "weight": 0}]}': "message 1: 'weight' is 0",
+    json.dumps(HI | {"tools": [{}]}): "a tool has no 'name'",
+    json.dumps(HI | {"tools": "["}): "'tools' is not JSON",
+    '{"messages": [{"role": "user", "content": "a", "weight": 2}]}': "message 1: 'weight' is 2",
 }
 
 
@@ -120,7 +123,9 @@ def test_bad_rows_say_why(tmp_path, line, reason):
         ({"response": "3"}, "key 'instruction' is missing"),
         ({"instruction": "Add.", "input": 3, "output": "4"}, "'input' is not a string but int"),
         ({"instruction": "Add.", "output": ""}, "'output' is empty"),
-        ({"instruction": "Add.", "output": "3", "history": [["a", "b"]]}, "key 'history' is not supported"),
+        ({"instruction": "Add.", "output": "3", "history": [["a"]]}, "'history' is not a list of"),
+        ({"instruction": "Add.", "output": "3", "history": [["a", ""]]}, "exchange 1 of 'history': 'text' is empty"),
+        ({"instruction": "Add.", "output": "3", "system": 3}, "'system' is not a string but int"),
     ],
 )
 def test_bad_instructions(tmp_path, row, reason):
@@ -150,12 +155,13 @@ def test_bytes_that_are_not_utf8_spoil_one_row(tmp_path, array):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", "a,b", "unknown kind of file; known: .jsonl, .json, .txt"),
+        ("a.xml", "a,b", "unknown kind of file; known: .jsonl, .json, .txt, .csv, .parquet, .arrow"),
+        ("a.parquet.gz", "", "unknown kind of file"),
         ("a.gz", "{}", "unknown kind of file"),
         (
             "a.jsonl",
-            '{"prompt": "a", "completion": "b"}',
-            r"keys of the first object: \['prompt', 'completion'\]",
+            '{"q": "a", "a": "b"}',
+            r"keys of the first object: \['q', 'a'\]; formats: messages, ",
         ),
         ("a.jsonl", "", "the file holds no rows"),
         ("a.json", "[]", "the file holds no rows"),

@@ -96,6 +96,30 @@ def train_and_compare(recipe: dict[str, Any]) -> tuple[str, list[str], list[str]
     return "", moved, [name for name in before if name not in moved]
 
 
+def train_and_average(recipe: dict[str, Any], output: str) -> dict[str, float]:
+    """Run it, average its last two checkpoints; per parameter (rank 0) the largest distance of the result from their mean, and between them."""
+    import megalign.average
+    from megalign.models.weights import stream_full
+    from megalign.parallel.checkpoint import list_checkpoints
+    from megalign.parallel.grid import destroy_grid
+    from megalign.parallel.init import read_world
+    from megalign.serving import load_for_inference
+
+    assert train(recipe) == ""
+    world = read_world(os.environ)
+    layout = [f"parallel.{key}={value}" for key, value in recipe["parallel"].items()] + [f"train.global_batch_size={world.size}"]
+    result = megalign.average.average(Path(recipe["output"]), Path(output), 2, world, layout)
+    destroy_grid()
+    weights = []
+    for path in (*list_checkpoints(Path(recipe["output"]) / "checkpoints")[-2:], result):
+        engine, _ = load_for_inference(path, layout, world)
+        weights.append({name: full.clone() for name, full in stream_full(engine.models, engine.grid)})
+        destroy_grid()
+    one, two, mean = weights
+    off = max((float((mean[name] - (one[name] + two[name]) / 2).abs().max()) for name in one), default=0.0)
+    return {"off": off, "apart": max((float((one[name] - two[name]).abs().max()) for name in one), default=1.0)}
+
+
 def train_with_full_disk(recipe: dict[str, Any], largest_file: int) -> str:
     """The same where no file may grow past `largest_file` bytes, as on a full disk."""
     import resource

@@ -121,6 +121,13 @@ def test_frozen_parameters_stay_on_every_layout(tmp_path: Path):
     assert "train.freeze=" in message and "rooter" in message and "no parameter has such a name" in message
 
 
+@pytest.mark.parametrize("world, parallel", [(1, {}), (4, MOE_4)], ids=["one", "tp2-pp2-ep2-sp"])
+def test_the_average_of_checkpoints_is_their_mean(tmp_path: Path, world: int, parallel: dict[str, Any]):
+    two = recipe(tmp_path / "run", parallel=parallel, train={"max_steps": 4, "save_interval": 2, "keep_best": 0})
+    found = run_ranks(sft_checks.train_and_average, world, two, str(tmp_path / "average"))[0]
+    assert found["off"] < 1e-7 < 1e-3 < found["apart"]
+
+
 def test_no_space_left_keeps_the_previous_checkpoint(tmp_path: Path):
     good = recipe(tmp_path, parallel={"tensor_model_parallel_size": 2, "sequence_parallel": True}, train={"stop_at_step": 2})
     assert run(2, sft_checks.train, good) == ""

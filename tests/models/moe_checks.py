@@ -144,6 +144,15 @@ def check_padding() -> dict[str, float]:
     }
 
 
+def check_padding_alone() -> float:
+    """Largest router gradient of rows that are padding throughout."""
+    moe = layer(moe_aux_loss_coeff=0.1, moe_z_loss_coeff=0.1).train()
+    x = torch.randn(8, 1, 16)
+    output, _ = moe(x, padding_mask=torch.ones(1, 8, dtype=torch.bool))
+    (output * 0).sum().backward()
+    return float(moe.router.weight.grad.abs().max())
+
+
 def check_conservation(dispatcher: str, capacity: float | None) -> dict[str, Any]:
     """P12: experts that return what they get, weighted: every token comes back where it was, or is counted as dropped."""
     import torch.distributed as dist

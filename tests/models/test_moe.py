@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import moe_checks
 import pytest
@@ -43,6 +44,13 @@ def test_auxiliary_losses_do_not_look_at_padding(world: int):
 def test_without_its_patch_the_z_loss_of_padded_rows_depends_on_the_layout():
     ranks = run_ranks(moe_checks.check_padding, 2, before=functools.partial(install, skip=["padded-z-loss"]))
     assert abs(ranks[0]["z"]) > 0.01
+
+
+def test_a_microbatch_of_padding_alone_has_no_auxiliary_loss():
+    """Seen in a run: the last step of an epoch, filled up with empty rows, stopped it with NaN gradients."""
+    assert run_ranks(moe_checks.check_padding_alone, 1) == [0.0]
+    without = functools.partial(install, skip=["empty-aux-loss"])
+    assert math.isnan(run_ranks(moe_checks.check_padding_alone, 1, before=without)[0])
 
 
 @pytest.mark.parametrize("world", [1, 2])

@@ -37,11 +37,11 @@ def step_save_load_step(model: dict[str, Any], layout: dict[str, Any], folder: P
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
     from torch._dynamo.utils import counters
 
-    from megalign.parallel import checkpoint
+    from megalign.parallel import checkpoint, saving
 
     run = Run(model, layout, distributed=True)
     run.step()
-    saved = checkpoint.save(folder, 1, run.chunks, run.optimizer, {"step": 1}, run.grid)
+    saved = saving.save(folder, 1, run.chunks, run.optimizer, {"step": 1}, run.grid)
     checkpoint.load(saved, run.chunks, run.optimizer, run.grid, same_generators=True)
     run.step()
     inner = [part.optimizer for part in getattr(run.optimizer, "chained_optimizers", [run.optimizer])]
@@ -60,7 +60,11 @@ def gradients(model: dict[str, Any], layout: dict[str, Any], options: dict[str, 
     from megalign.parallel.grid import destroy_grid
 
     distributed = options.get("use_distributed_optimizer", False)
-    run = Run(model, layout, distributed=distributed, document_multiple=options.get("document_multiple", 1))
+    run = Run(model, layout, distributed=distributed, document_multiple=options.get("document_multiple", 1), options=options.get("megatron"))
+    if "frozen" in options:
+        for name, parameter in run.chunks[0].named_parameters():
+            parameter.requires_grad_(options["frozen"] not in name)
+    torch.manual_seed(options.get("seed", 0))  # what dropout draws
     losses, grads, norm = [], {}, 0.0
     for _ in range(options.get("steps", 1)):
         losses.append(run.backward())
@@ -79,7 +83,7 @@ def _main_grad(parameter: Any) -> torch.Tensor:
 class Run:
     """A small model with its optimizer on a layout, and four microbatches shared out over its data ranks."""
 
-    def __init__(self, model: dict[str, Any], layout: dict[str, Any], *, distributed: bool, document_multiple: int = 1):
+    def __init__(self, model: dict[str, Any], layout: dict[str, Any], *, distributed: bool, document_multiple: int = 1, options: dict[str, Any] | None = None):
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
         from megalign.models.build import build_chunks
@@ -91,7 +95,7 @@ class Run:
         self.grid = create_grid(**sizes)
         model_parallel_cuda_manual_seed(1, force_reset_rng=True)
         config = ModelConfig(**model)
-        models = build_chunks(config, self.grid, VOCAB, sequence_parallel=layout.get("sequence_parallel", False))
+        models = build_chunks(config, self.grid, VOCAB, sequence_parallel=layout.get("sequence_parallel", False), options=options)
         initialise(models, config, self.grid, seed=3)
         self.chunks = wrap_data_parallel(models, models[0].config, use_distributed_optimizer=distributed)
         self.optimizer = create_optimizer(
@@ -167,3 +171,14 @@ def gradients_with_cut_down_projections(model: dict[str, Any], layout: dict[str,
     for name in ("q", "kv"):
         shards.CUTS[f"decoder.layers.{{layer}}.self_attention.linear_{name}_down_proj.weight"] = shards.Rows
     return gradients(model, layout, options)
+
+
+def sweep(cases: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]) -> list[dict[str, Any]]:
+    """`gradients` of several (model, layout, options), one after the other in one launch."""
+    from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+
+    found = []
+    for case in cases:
+        get_moe_layer_wise_logging_tracker().clear()  # it is as long as the last model had layers
+        found.append(gradients(*case))
+    return found

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from megalign.parallel.init import first_host, in_distributed_launch, read_world
+from megalign.parallel.init import (
+    first_host,
+    in_distributed_launch,
+    interface_towards,
+    read_world,
+    tasks_on_node,
+)
 from megalign.parallel.local import RankFailure, describe_failure
 
 
@@ -35,6 +41,24 @@ def test_slurm_inside_a_step():
 def test_a_shell_inside_an_allocation_is_no_rank():
     shell = {name: value for name, value in SLURM.items() if name != "SLURM_STEP_ID"}
     assert read_world(shell).launcher == "bare" and not in_distributed_launch(shell)
+
+
+@pytest.mark.parametrize("tasks, node, expected", [("8", 0, 8), ("8(x2)", 1, 8), ("8(x2),4", 2, 4), ("2,3(x2),1", 1, 3), ("2,3(x2),1", 3, 1)])
+def test_slurm_nodes_of_different_size(tasks: str, node: int, expected: int):
+    assert tasks_on_node(tasks, node) == expected
+    assert read_world({**SLURM, "SLURM_TASKS_PER_NODE": "1", "SLURM_STEP_TASKS_PER_NODE": tasks, "SLURM_NODEID": str(node)}).local_size == expected
+
+
+def test_slurm_tasks_that_make_no_sense():
+    with pytest.raises(RuntimeError, match="names 2 nodes"):
+        tasks_on_node("8(x2)", 2)
+    with pytest.raises(RuntimeError, match="not of the form"):
+        tasks_on_node("eight", 0)
+
+
+def test_the_interface_that_reaches_a_host():
+    assert interface_towards("127.0.0.1", 29500) == "lo"
+    assert interface_towards("no-such-host.invalid", 29500) is None
 
 
 def test_mpi():

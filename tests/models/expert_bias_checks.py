@@ -1,4 +1,4 @@
-"""What the ranks of test_balance.py run: DeepSeek-V3's router, its expert bias and its groups."""
+"""What the ranks of test_expert_bias.py run: DeepSeek-V3's router, its expert bias and its groups."""
 
 from __future__ import annotations
 

@@ -1,0 +1,150 @@
+"""Bytes that autograd keeps for the backward of one layer, tensor by tensor, as our layers are written.
+
+The counting is that of Korthikanti et al. 2022 (arXiv:2205.05198, section 4.1), adapted: attention by SDPA keeps
+queries, keys, values, its output and a number a head and position instead of S x S scores; a SwiGLU has a gate;
+grouped keys and values are repeated before attention; experts see a token once a choice; the head works on scored
+tokens alone. A line of `layer_tensors` is one tensor (or group of them) that torch keeps.
+
+# D hidden size, H query heads, G key/value heads, K head size, V value size, F width of an MLP, E experts
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megalign.config.layout import Layout
+from megalign.config.schema import ModelConfig, Recipe
+
+FP32 = 4  # bytes
+HEAD_CHUNK, HEAD_KEPT = 2048, 2**26  # of megalign/parallel/vocab.py: rows of a chunk, logits below which all are kept
+
+
+@dataclass(frozen=True)
+class Kept:
+    """`bytes` a token of a rank's microbatch (before sequence parallelism cuts it); `part`: the module of
+    Megatron's recompute_modules that computes it again, empty if none does."""
+
+    name: str
+    part: str
+    bytes: float
+
+
+def head_sizes(model: ModelConfig) -> tuple[int, int, int, int]:
+    """H, G, K, V. Latent attention (MLA) works on full heads: G = H, keys of a plain and a rotary part."""
+    heads = model.num_attention_heads
+    if getattr(model, "multi_latent_attention", False):
+        parts = [getattr(model, name) for name in ("qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")]
+        return heads, heads, parts[0] + parts[1], parts[2]
+    size = model.kv_channels or model.hidden_size // heads
+    return heads, model.num_query_groups or heads, size, size
+
+
+def has_experts(model: ModelConfig, number: int) -> bool:
+    """Layer `number` (from 0) has experts: all of them, or as Megatron's moe_layer_freq says."""
+    if model.num_moe_experts is None:
+        return False
+    frequency = getattr(model, "moe_layer_freq", None) or 1
+    return number % frequency == 0 if isinstance(frequency, int) else bool(frequency[number])
+
+
+def layer_tensors(recipe: Recipe, layout: Layout, number: int, device: str = "cuda") -> list[Kept]:
+    """What layer `number` (from 0) keeps when nothing is recomputed.
+
+    device: on "cpu" torch's RMSNorm is made of simple operations, which keep the normed input too, and in FP32;
+    on "cuda" it is one kernel that keeps its input and a number a row.
+    """
+    model, tp, width = recipe.model, layout.tp, width_of(recipe)
+    full = layout.tp if recipe.parallel.sequence_parallel else 1  # what full-width tensors are cut by
+    hidden = model.hidden_size
+    tensors = [
+        *_norm("input_layernorm", "layernorm", hidden / full, width, device),
+        *_attention(model, layout, width, device),
+        *_norm("pre_mlp_layernorm", "layernorm", hidden / full, width, device),
+    ]
+    if not has_experts(model, number):
+        return [*tensors, *_mlp("mlp", "mlp", model.ffn_hidden_size / tp, width)]
+    return [*tensors, *_experts(model, layout, full, width)]
+
+
+def _norm(name: str, part: str, size: float, width: int, device: str, rows: float = 1.0) -> list[Kept]:
+    """The input, the output (kept as the next matmul's input), and on the CPU the normed input in FP32."""
+    inside = width * size if device == "cuda" else 2 * FP32 * size
+    return [Kept(f"{name} inside", part, inside + FP32 * rows), Kept(f"{name} output", part, width * size)]
+
+
+def _attention(model: ModelConfig, layout: Layout, width: int, device: str) -> list[Kept]:
+    """Queries, repeated keys and values, output; cos and sin of the positions, for queries and for keys."""
+    heads, groups, key, value = head_sizes(model)
+    heads, groups = heads / layout.tp, max(1.0, groups / layout.tp)
+    tensors = [
+        Kept("queries", "core_attn", width * heads * key),
+        Kept("keys and values, repeated", "core_attn", width * heads * (key + value) * layout.cp),
+        Kept("softmax statistics", "core_attn", FP32 * heads),
+        Kept("attention output", "core_attn", width * heads * value),
+        Kept("output projection's input", "", width * heads * value),
+        Kept("rotary cos and sin", "", 4 * width * key),
+    ]
+    if model.qk_layernorm:
+        rows = heads + groups
+        inside = 2 * FP32 if device == "cpu" and width != FP32 else (width if device == "cuda" else 2 * FP32)
+        tensors.append(Kept("query and key norms", "", rows * (key * inside + FP32)))
+    return tensors
+
+
+def _mlp(name: str, part: str, size: float, width: int) -> list[Kept]:
+    """[gate, up], silu(gate), their product twice (as it left the multiplication, and as fc2's input)."""
+    return [Kept(name, part, 5 * width * size)]
+
+
+def _experts(model: ModelConfig, layout: Layout, full: int, width: int) -> list[Kept]:
+    """A choice brings its token, permuted (and gathered over etp), and [gate, up], silu, product, weighted product
+    of a slice of the width; balanced routing."""
+    size = model.moe_ffn_hidden_size or model.ffn_hidden_size
+    choices, experts = model.moe_router_topk / full, model.num_moe_experts or 0
+    tensors = [
+        Kept("permuted tokens", "moe", choices * layout.etp * width * model.hidden_size),
+        Kept("experts", "moe", choices * 6 * width * size),
+        Kept("router", "moe", (4 * FP32 * experts + model.moe_router_topk * 16) / full),
+    ]
+    if model.moe_shared_expert_intermediate_size:
+        shared = _mlp("shared expert", "shared_experts", model.moe_shared_expert_intermediate_size / layout.tp, width)
+        tensors += shared
+    return tensors
+
+
+def kept_bytes(recipe: Recipe, layout: Layout, number: int, modules: frozenset[str], device: str = "cuda") -> float:
+    """Bytes a token that layer `number` keeps when `modules` are recomputed: what is left, and their inputs."""
+    model, width = recipe.model, width_of(recipe)
+    full = layout.tp if recipe.parallel.sequence_parallel else 1
+    again = modules | ({"shared_experts"} if "moe" in modules else set())
+    kept = sum(tensor.bytes for tensor in layer_tensors(recipe, layout, number, device) if tensor.part not in again)
+    if "layernorm" in modules:  # the input of each norm, in the dtype of the hidden states
+        kept += 2 * width * model.hidden_size / full
+        # What the norm before experts or MLP gives is an input of theirs; discarded all the same.
+    if "core_attn" in modules:  # queries, and the fused projection of which values are a view
+        heads, groups, key, value = head_sizes(model)
+        groups = max(1.0, groups / layout.tp)
+        kept += width * (heads / layout.tp * key + groups * (key + value) + (heads / layout.tp + groups) * key)
+    return kept
+
+
+def head_bytes(recipe: Recipe, layout: Layout, rows: int, tokens: int, scored: float, device: str = "cuda") -> int:
+    """The end of the last stage: the final norm, the scored positions, and their logits.
+
+    scored: share of the tokens that are scored. Logits stay in FP32 until backward up to 2^26 of them; beyond that
+    a chunk of 2048 rows at a time lives, in FP32 and in the training precision.
+    """
+    width, hidden = width_of(recipe), recipe.model.hidden_size
+    full = layout.tp if recipe.parallel.sequence_parallel else 1
+    count = int(tokens * scored)
+    inside = width if device == "cuda" else 2 * FP32
+    norm = tokens * hidden / full * inside
+    logits = count * rows // layout.tp
+    if logits > HEAD_KEPT:
+        return int(norm + count * hidden * width + min(count, HEAD_CHUNK) * rows // layout.tp * (FP32 + width))
+    return int(norm + count * hidden * width + logits * FP32)
+
+
+def width_of(recipe: Recipe) -> int:
+    """Bytes of one weight or activation."""
+    return {"fp32": 4, "bf16": 2}[recipe.train.precision]

@@ -1,0 +1,90 @@
+"""One file of a recipe (or the built-in grammar) as a source of rows: what it holds, and a name for exactly that."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from megalign.config.schema import DataConfig
+from megalign.data.formats import detect, read_rows
+from megalign.data.once import build_once
+from megalign.data.rows import DataError, Row
+
+GRAMMAR = "grammar"  # in the place of a file name: the built-in toy dialogues
+GRAMMAR_ROWS = 10_000  # where data.max_rows gives no number
+LARGE = 64 * 2**20  # bytes; a smaller file is hashed anew each time
+SETTLED = 10.0  # seconds since the last change of a file whose hash is remembered
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows that can be read again and again, one at a time."""
+
+    name: str
+    format: str
+    read: Callable[[], Iterator[Row]]
+    digest: Callable[[Path], str]  # cache folder -> SHA-256 of what `read` depends on
+
+    def rows(self) -> Iterator[Row]:
+        return self.read()
+
+
+def open_source(name: str, data: DataConfig, limit: int | None, seed: int, *, held_out: bool) -> Source:
+    """The source called `name` in a recipe, at most `limit` rows of it. DataError where there is none."""
+    if name == GRAMMAR:
+        return _grammar(GRAMMAR_ROWS if limit is None else limit, seed, held_out)
+    if not Path(name).exists():
+        raise DataError(
+            f"data file {name!r} does not exist (from {Path.cwd()}); correct data.train or .validation"
+        )
+    name = str(Path(name))  # as the rows themselves spell it
+    format = detect(name) if data.format == "auto" else data.format
+    return Source(
+        name, format, lambda: islice(read_rows(name, format), limit), lambda folder: f"{_file_digest(Path(name), folder)} {limit}"
+    )
+
+
+def _grammar(count: int, seed: int, held_out: bool) -> Source:
+    from megalign.data import grammar
+
+    draw = grammar.held_out if held_out else grammar.generate
+    drawn = f"{draw.__name__} {count} {seed}"  # the code itself is part of every key
+    return Source(GRAMMAR, "messages", lambda: iter(draw(count, seed)), lambda _: drawn)
+
+
+def _file_digest(path: Path, folder: Path) -> str:
+    """SHA-256 of a file, or of a folder of files. That of a large one is taken once and remembered under its size and times: no write leaves
+    the time of the last change (ctime) as it was, and nobody can set it."""
+    if path.is_dir():  # of `datasets`: its files, each under its name
+        parts = (f"{file.relative_to(path)} {_file_digest(file, folder)}" for file in sorted(path.rglob("*")) if file.is_file())
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    stat = path.stat()
+    if stat.st_size < LARGE or time.time() - stat.st_ctime < SETTLED:
+        return _hash_file(path)
+    seen = json.dumps([str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino])
+    entry = build_once(folder, f"digest-{hashlib.sha256(seen.encode()).hexdigest()[:32]}", lambda part: _write_digest(part, path))
+    return (entry / "sha256").read_text()
+
+
+def _write_digest(part: Path, path: Path) -> None:
+    with open(part / "sha256", "w") as file:
+        file.write(_hash_file(path))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _hash_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error})") from error
+    return digest.hexdigest()

@@ -1,0 +1,79 @@
+"""P19: the plan's memory against the live tensors of real training steps, part by part, within 10 %."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from memory_checks import measure
+from ranks import run_ranks
+
+from megalign.config.memory import memory_per_rank
+from megalign.config.schema import Recipe
+
+VOCABULARY = 500
+DENSE = {"num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 160, "num_attention_heads": 4, "num_query_groups": 2}
+MOE = {
+    **DENSE, "qk_layernorm": True, "num_moe_experts": 4, "moe_ffn_hidden_size": 96, "moe_shared_expert_intermediate_size": 64,
+    "moe_aux_loss_coeff": 0.01,
+}  # fmt: skip
+UNIFORM = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+PARTS = ("weights", "gradients", "masters", "moments", "activations")
+
+
+def case(model: dict[str, Any], parallel: dict[str, Any], **train: Any) -> dict[str, Any]:
+    names = {"tp": "tensor_model_parallel_size", "pp": "pipeline_model_parallel_size", "vpp": "virtual_pipeline_model_parallel_size",
+             "ep": "expert_model_parallel_size", "cp": "context_parallel_size", "sp": "sequence_parallel"}  # fmt: skip
+    keys = {names.get(key, key): value for key, value in parallel.items()}
+    return {"model": model, "parallel": keys, "data": {"sequence_length": 256}, "train": {"global_batch_size": 4, **train}}
+
+
+def selective(*modules: str) -> dict[str, Any]:
+    return {"recompute_granularity": "selective", "recompute_modules": list(modules)}
+
+
+CASES = {
+    1: [
+        case(DENSE, {}),
+        case(DENSE, {}, precision="bf16"),
+        case(DENSE, {"use_distributed_optimizer": False}, precision="bf16"),
+        case({**DENSE, "num_query_groups": 4}, {}),
+        case({**DENSE, "share_embeddings_and_output_weights": True}, {}, micro_batch_size=2),
+        case(MOE, {}),
+        case(MOE, {}, precision="bf16"),
+        case(DENSE, {}, **UNIFORM),
+        case(DENSE, {}, **{**UNIFORM, "recompute_num_layers": 2}),
+        case(DENSE, {}, **{**UNIFORM, "recompute_method": "block", "recompute_num_layers": 3}),
+        case(DENSE, {}, **selective("core_attn")),
+        case(DENSE, {}, **selective("layernorm")),
+        case(DENSE, {}, **selective("mlp")),
+        case(MOE, {}, **selective("moe")),
+        case(MOE, {}, **selective("shared_experts", "layernorm")),
+    ],
+    2: [
+        case(DENSE, {"tp": 2}),
+        case(MOE, {"ep": 2}, precision="bf16"),
+        case(DENSE, {"pp": 2, "vpp": 2}),
+    ],
+    4: [
+        case(DENSE, {"tp": 2, "pp": 2, "sp": True}, precision="bf16"),
+        case(DENSE, {"tp": 2, "pp": 2}, **UNIFORM),
+        case({**MOE, "num_layers": 5}, {"tp": 2, "pp": 2, "sp": True, "ep": 2, "num_layers_in_first_pipeline_stage": 3}),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("world", CASES)
+def test_planned_memory_is_measured_memory(world: int):
+    ranks = run_ranks(measure, world, [(given, VOCABULARY) for given in CASES[world]])
+    wrong = []
+    for number, given in enumerate(CASES[world]):
+        planned = memory_per_rank(Recipe.model_validate(given), VOCABULARY, world, device="cpu")
+        for found in (rank[number] for rank in ranks):
+            plan = planned[found["stage"]]
+            wrong += [
+                f"{given['parallel']} {given['train']} stage {found['stage']} {part}: planned {plan[part]:,}, measured {found[part]:,}"
+                for part in PARTS
+                if plan[part] != pytest.approx(found[part], rel=0.1)
+            ]
+    assert not wrong, "\n".join(wrong)
