@@ -78,7 +78,8 @@ def _about_experts(recipe: Recipe) -> list[str]:
             f"model.moe_expert_capacity_factor={capacity:g} is below 1: tokens are dropped even when all experts "
             "get equally many"
         )
-    if model.num_moe_experts > model.moe_router_topk and not model.moe_aux_loss_coeff and not model.init_from:
+    balanced = model.moe_aux_loss_coeff or model.moe_router_enable_expert_bias
+    if model.num_moe_experts > model.moe_router_topk and not balanced and not model.init_from:
         found.append(
             "model.moe_aux_loss_coeff=0: nothing balances the load, and few experts may take all tokens; 0.01 is usual"
         )

@@ -92,8 +92,8 @@ def stage_parameters(recipe: Recipe, layout: Layout, rows: int, stage: int) -> t
     # A tied table exists on the first stage and, as a copy for the output, on the last.
     tables = int(first) + int(last and not (tied and first))
     dense = tables * rows // layout.tp * model.hidden_size
-    dense += outside.get("positions", 0) if first else 0  # a table of learned positions
-    dense += outside.get("norms", 0) if last else 0
+    dense += outside.get("positions", 0) if first else 0
+    dense += sum(count for part, count in outside.items() if part not in ("embedding", "positions", "output")) if last else 0
     latent = _replicated_attention(model)
     experts = 0
     for number in stage_numbers(recipe, layout, stage):

@@ -1,12 +1,14 @@
 """Parameters of a model in closed form: nothing is built and nothing is loaded.
 
-# D hidden size, H query heads, G key/value heads, K head size, F width of an MLP, E experts, V vocabulary
+# by_part: attention, mlp and shared_experts are cut over tp (MLA's down projections apart), experts over etp and ep,
+# embedding and output over tp; router, norms and positions stand on every tensor rank.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megalign.config.layout import layers_with_experts
 from megalign.config.schema import ModelConfig
 
 
@@ -23,59 +25,53 @@ class Counts:
     by_part: dict[str, int]
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """Parameters of one transformer layer, by the way they are cut."""
-
-    attention: int  # query, key, value and output projections: over tp
-    mlp: int  # dense MLP: over tp
-    shared_expert: int  # over tp
-    experts: int  # over etp * ep
-    router: int  # on every rank
-    norms: int  # on every rank
-
-
 def count_parameters(model: ModelConfig, vocab_size: int) -> Counts:
     """Parameters of `model` with `vocab_size` rows in its tables (`padded_vocab` for what a run holds).
 
-    Agrees with the published totals: Llama-3 8.03B and 70.55B, Qwen3-30B-A3B 30.53B, Mixtral-8x7B 46.70B.
+    Agrees with the published totals: Llama-3 8.03B and 70.55B, Qwen3-30B-A3B 30.53B, Mixtral-8x7B 46.70B,
+    DeepSeek-V3 671.03B. The routers' expert biases are no parameters and are not counted.
     """
-    layer, layers = _layer(model), model.num_layers
-    table = vocab_size * model.hidden_size
+    experts = sum(layers_with_experts(model))
+    dense, layers = model.num_layers - experts, model.num_layers
+    width, projections = model.hidden_size, 3 if model.gated_linear_unit else 2
+    table = vocab_size * width
+    bias = int(model.add_bias_linear)
+    norm = width * (2 if model.normalization == "LayerNorm" else 1)
+    expert = projections * width * (model.moe_ffn_hidden_size or model.ffn_hidden_size)
+    count = model.num_moe_experts or 0
     parts = {
         "embedding": table,
-        "attention": layers * layer.attention,
-        "mlp": layers * layer.mlp,
-        "router": layers * layer.router,
-        "experts": layers * layer.experts,
-        "shared_experts": layers * layer.shared_expert,
-        "norms": layers * layer.norms + model.hidden_size,
+        "positions": width * model.max_position_embeddings if model.position_embedding_type == "learned_absolute" else 0,
+        "attention": layers * _attention(model),
+        "mlp": dense * (projections * width + bias * (projections - 1)) * model.ffn_hidden_size,
+        "router": experts * count * width,
+        "experts": experts * count * expert,
+        "shared_experts": experts * projections * width * (model.moe_shared_expert_intermediate_size or 0),
+        "norms": layers * (2 * norm + _head_norms(model) + 2 * bias * width) + norm,  # and biases added after the sum over tp
         "output": 0 if model.share_embeddings_and_output_weights else table,
     }
     total = sum(parts.values())
-    idle = 0
-    if model.num_moe_experts:
-        idle = parts["experts"] // model.num_moe_experts * (model.num_moe_experts - model.moe_router_topk)
-    return Counts(total, total - idle, {part: count for part, count in parts.items() if count})
+    idle = experts * max(0, count - model.moe_router_topk) * expert
+    return Counts(total, total - idle, {part: number for part, number in parts.items() if number})
 
 
-def _layer(model: ModelConfig) -> _Layer:
-    heads, groups, channels = _attention_shape(model)
-    width = model.hidden_size
-    swiglu = 3 * width  # gate, up and down, a unit of inner width
-    experts = model.num_moe_experts or 0
-    return _Layer(
-        attention=width * channels * (2 * heads + 2 * groups),
-        mlp=0 if experts else swiglu * model.ffn_hidden_size,
-        shared_expert=swiglu * (model.moe_shared_expert_intermediate_size or 0),
-        experts=experts * swiglu * (model.moe_ffn_hidden_size or model.ffn_hidden_size),
-        router=experts * width,
-        norms=2 * width + (2 * channels if model.qk_layernorm else 0),
-    )
+def _attention(model: ModelConfig) -> int:
+    """Queries, keys, values and output of one layer, with the biases that are cut like their weights."""
+    heads, width = model.num_attention_heads, model.hidden_size
+    if model.multi_latent_attention:
+        key = model.qk_head_dim + model.qk_pos_emb_head_dim
+        queries = heads * key
+        rank = model.q_lora_rank
+        down = width * (model.kv_lora_rank + model.qk_pos_emb_head_dim)
+        up = model.kv_lora_rank * heads * (model.qk_head_dim + model.v_head_dim)
+        return (rank * (width + queries) if rank else width * queries) + down + up + heads * model.v_head_dim * width
+    groups, channels = model.num_query_groups or heads, model.kv_channels or width // heads
+    biases = (heads + 2 * groups) * channels if model.add_qkv_bias or model.add_bias_linear else 0
+    return width * channels * (2 * heads + 2 * groups) + biases
 
 
-def _attention_shape(model: ModelConfig) -> tuple[int, int, int]:
-    """H, G, K."""
-    heads = model.num_attention_heads
-    return heads, model.num_query_groups or heads, model.kv_channels or model.hidden_size // heads
-
+def _head_norms(model: ModelConfig) -> int:
+    """Norms inside attention: over each head, or over the latents."""
+    if model.multi_latent_attention:
+        return model.kv_lora_rank + (model.q_lora_rank or 0)
+    return 2 * (model.kv_channels or model.hidden_size // model.num_attention_heads) if model.qk_layernorm else 0

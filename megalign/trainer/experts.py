@@ -94,6 +94,7 @@ class ExpertWatch:
             force_initialize=True,  # a stage without this loss must still take part in the reduction
             track_names=names,
             num_layers=config.num_layers,
+            moe_layer_freq=config.moe_layer_freq,
             pg_collection=self.grid.process_groups,
         )
         return {name: float(found[name]) for name in names}

@@ -25,6 +25,7 @@ def model_of(preset: str, **keys: Any) -> ModelConfig:
         ("llama3-70b", 70.55, 70.55),
         ("qwen3-30b-a3b", 30.53, 3.3),
         ("mixtral-8x7b", 46.70, 12.9),
+        ("deepseek-v3", 671.03, 37.0),
     ],
 )
 def test_published_counts(preset, total, active):
@@ -41,6 +42,12 @@ OURS = {"num_layers": 3, "hidden_size": 48, "ffn_hidden_size": 80, "num_attentio
 MOE = {"num_moe_experts": 5, "moe_router_topk": 2, "moe_ffn_hidden_size": 36}
 
 
+LATENT_HF = {"num_key_value_heads": 4, "kv_lora_rank": 20, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 10}
+LATENT_HF |= {"first_k_dense_replace": 1, "n_routed_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 36, "n_shared_experts": 2}
+LATENT = {"num_query_groups": None, "multi_latent_attention": True, "kv_lora_rank": 20, "qk_head_dim": 12, "qk_pos_emb_head_dim": 8}
+LATENT |= {"v_head_dim": 10, "moe_layer_freq": [0, 1, 1], **MOE, "moe_shared_expert_intermediate_size": 72}
+
+
 @pytest.mark.parametrize(
     "family,config,ours",
     [
@@ -53,6 +60,16 @@ MOE = {"num_moe_experts": 5, "moe_router_topk": 2, "moe_ffn_hidden_size": 36}
             {"head_dim": 20, "moe_intermediate_size": 36, "num_experts": 5, "num_experts_per_tok": 2},
             {**MOE, "kv_channels": 20, "qk_layernorm": True},
         ),
+        ("qwen2", {}, {"add_qkv_bias": True}),
+        (
+            "gpt2",
+            {"n_layer": 3, "n_embd": 48, "n_head": 4, "n_inner": 80, "n_positions": 30},
+            {"num_query_groups": None, "normalization": "LayerNorm", "gated_linear_unit": False, "activation_func": "gelu_tanh"}
+            | {"add_bias_linear": True, "position_embedding_type": "learned_absolute", "max_position_embeddings": 30}
+            | {"share_embeddings_and_output_weights": True},
+        ),
+        ("deepseek_v2", LATENT_HF | {"q_lora_rank": None}, LATENT),
+        ("deepseek_v3", LATENT_HF | {"q_lora_rank": 24}, LATENT | {"q_lora_rank": 24}),
     ],
 )
 def test_counts_are_those_of_transformers(family, config, ours):
@@ -119,7 +136,7 @@ def test_experts_share_the_optimizer_over_their_own_ranks():
     assert rank["moments"] == 2 * rank["masters"]
 
 
-@pytest.mark.parametrize("preset", ["tiny-dense", "tiny-moe", "qwen3-30b-a3b"])
+@pytest.mark.parametrize("preset", ["tiny-dense", "tiny-moe", "tiny-mla-moe", "qwen3-30b-a3b"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_ranks_together_hold_the_model(preset, tied):
     """Summed over tensor ranks and stages: each parameter once, replicated ones tp times, a tied table once more."""
@@ -127,7 +144,10 @@ def test_ranks_together_hold_the_model(preset, tied):
     given = recipe(preset, model={"share_embeddings_and_output_weights": tied}, tp=tp, pp=pp, sequence_parallel=True)
     parts = count_parameters(given.model, 4096).by_part
     held = tp * sum(stage["parameters"] for stage in memory_per_rank(given, 4096))
-    replicated = parts["norms"] + parts.get("router", 0)
+    model = given.model
+    down = model.kv_lora_rank + model.qk_pos_emb_head_dim + (model.q_lora_rank or 0)  # MLA's down projections
+    latent = model.num_layers * model.hidden_size * down if model.multi_latent_attention else 0
+    replicated = parts["norms"] + parts.get("router", 0) + latent
     experts = parts.get("experts", 0)  # etp is 1: every tensor rank holds all of them
     copies = (tp - 1) * (replicated + experts) + (parts["embedding"] if tied else 0)
     assert held == sum(parts.values()) + copies

@@ -160,6 +160,19 @@ def gradients_without_norm_reduction(model: dict[str, Any], layout: dict[str, An
     return gradients(model, layout, options)
 
 
+def gradients_with_cut_down_projections(model: dict[str, Any], layout: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """The same with upstream's local spec of multi-latent attention: down projections cut by columns."""
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+
+    from megalign.models.hf import shards
+    from megalign.parallel import layers
+
+    layers.Linear = ColumnParallelLinear  # this process is a fork of its own
+    for name in ("q", "kv"):
+        shards.CUTS[f"decoder.layers.{{layer}}.self_attention.linear_{name}_down_proj.weight"] = shards.Rows
+    return gradients(model, layout, options)
+
+
 def sweep(cases: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]) -> list[dict[str, Any]]:
     """`gradients` of several (model, layout, options), one after the other in one launch."""
     from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker

@@ -24,7 +24,22 @@ MOE = {
     "moe_aux_loss_coeff": 0.01,
     "moe_z_loss_coeff": 1e-3,
 }
+LEARNED = {  # GPT-2
+    "num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4, "normalization": "LayerNorm",
+    "activation_func": "gelu_tanh", "gated_linear_unit": False, "add_bias_linear": True,
+    "position_embedding_type": "learned_absolute", "share_embeddings_and_output_weights": True,
+}  # fmt: skip
+BIASED = {**DENSE, "add_qkv_bias": True, "rope_type": "yarn", "rotary_scaling_factor": 4.0, "original_max_position_embeddings": 16}
+LATENT = {  # DeepSeek-V3
+    "num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4, "multi_latent_attention": True,
+    "q_lora_rank": 24, "kv_lora_rank": 20, "qk_head_dim": 12, "qk_pos_emb_head_dim": 8, "v_head_dim": 10,
+    "rope_type": "yarn", "rotary_scaling_factor": 4.0, "original_max_position_embeddings": 16, "mscale_all_dim": 1.0,
+    "num_moe_experts": 8, "moe_ffn_hidden_size": 48, "moe_shared_expert_intermediate_size": 32, "moe_layer_freq": [0, 1, 1, 1],
+    "moe_router_topk": 3, "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True,
+    "moe_router_num_groups": 4, "moe_router_group_topk": 2, "moe_router_topk_scaling_factor": 2.5, "moe_aux_loss_coeff": 0.01,
+}  # fmt: skip
 MODELS = {"dense": DENSE, "tied": TIED, "moe": MOE, "allgather": {**MOE, "moe_token_dispatcher_type": "allgather"}}
+MODELS |= {"learned": LEARNED, "biased": BIASED, "latent": LATENT}
 TP2 = dict(tensor_model_parallel_size=2, sequence_parallel=True)
 PP2 = dict(pipeline_model_parallel_size=2)
 
@@ -40,6 +55,12 @@ CELLS: list[tuple[str, int, dict[str, Any], dict[str, Any]]] = [
     ("moe", 2, dict(context_parallel_size=2), {"document_multiple": 4}),
     ("dense", 2, {**PP2, "virtual_pipeline_model_parallel_size": 2}, {}),
     ("moe", 4, {**TP2, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 2}, {}),
+    ("learned", 4, {**TP2, **PP2}, {}),
+    ("learned", 2, dict(tensor_model_parallel_size=2), {}),
+    ("biased", 4, {**TP2, **PP2}, {}),
+    ("latent", 2, TP2, {}),
+    ("latent", 2, dict(context_parallel_size=2), {"document_multiple": 4}),
+    ("latent", 4, {**TP2, **PP2, "expert_model_parallel_size": 2}, {}),
 ]
 
 
@@ -72,6 +93,17 @@ def test_a_lost_reduction_is_seen():
     found = run_ranks(layout_checks.gradients_without_norm_reduction, 2, MOE, TP2, {})[0]
     ratio, name = worst_gradient(found, expected)
     assert ratio > 1000 and "layernorm" in name
+
+
+def test_latent_attention_needs_what_the_rules_ask_for():
+    """Its down projections have their whole gradient only if they are whole, and only under sequence parallelism."""
+    dense = {key: value for key, value in LATENT.items() if "moe" not in key}
+    expected = run_ranks(layout_checks.gradients, 1, dense, {}, {})[0]
+    for check, layout in ((layout_checks.gradients, {**TP2, "sequence_parallel": False}), (layout_checks.gradients_with_cut_down_projections, TP2)):
+        ratio, name = worst_gradient(run_ranks(check, 2, dense, layout, {})[0], expected)
+        assert ratio > 100, (ratio, name)
+    ratio, name = worst_gradient(run_ranks(layout_checks.gradients, 2, dense, TP2, {})[0], expected)
+    assert ratio <= 1, f"{name}: {ratio:.1f} times the tolerance"
 
 
 def test_distributed_optimizer_equals_the_unsharded_one():

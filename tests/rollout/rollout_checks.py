@@ -35,7 +35,23 @@ MOE = {
     "moe_ffn_hidden_size": 48,
     "moe_shared_expert_intermediate_size": 32,
 }
+# DeepSeek-V3: the cache holds the keys and values of all heads, made from the latents.
+LATENT = {key: value for key, value in DENSE.items() if key != "num_query_groups"} | {
+    "multi_latent_attention": True, "q_lora_rank": 24, "kv_lora_rank": 20, "qk_head_dim": 12, "qk_pos_emb_head_dim": 8, "v_head_dim": 10,
+    "rope_type": "yarn", "rotary_scaling_factor": 4.0, "original_max_position_embeddings": 8, "mscale_all_dim": 1.0,
+    "num_moe_experts": 4, "moe_ffn_hidden_size": 48, "moe_shared_expert_intermediate_size": 32, "moe_layer_freq": [0, 1, 1, 1],
+    "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True, "moe_router_topk_scaling_factor": 2.5,
+}  # fmt: skip
+LEARNED = {key: value for key, value in DENSE.items() if key != "num_query_groups"} | {  # GPT-2
+    "normalization": "LayerNorm", "activation_func": "gelu_tanh", "gated_linear_unit": False, "add_bias_linear": True,
+    "position_embedding_type": "learned_absolute", "share_embeddings_and_output_weights": True,
+}  # fmt: skip
+SCALED = {"rotary_base": 100.0, "rotary_scaling_factor": 4.0, "original_max_position_embeddings": 8}
 MODELS: dict[str, dict[str, Any]] = {
+    "latent": LATENT,
+    "learned": LEARNED,
+    "llama3": {**DENSE, **SCALED, "rope_type": "llama3"},
+    "yarn": {**DENSE, **SCALED, "rope_type": "yarn", "add_qkv_bias": True},
     "dense": DENSE,
     "tied": {**DENSE, "share_embeddings_and_output_weights": True},
     "moe": MOE,
@@ -144,7 +160,7 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 def like(model: str) -> str:
     """The model whose oracle holds: dispatchers, capacity and noise change nothing here."""
-    return "moe" if "num_moe_experts" in MODELS[model] else model
+    return "moe" if model in ("allgather", "dropping") else model
 
 
 def on_one_rank(models: list[str], cells: list[str]) -> dict[str, Any]:

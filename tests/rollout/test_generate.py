@@ -19,7 +19,7 @@ EP2 = {"expert_model_parallel_size": 2}
 DP2: dict[str, Any] = {}
 
 LAYOUTS: dict[int, list[tuple[str, dict[str, Any]]]] = {
-    1: [("dense", {}), ("moe", {}), ("dropping", {})],
+    1: [("dense", {}), ("moe", {}), ("dropping", {}), ("latent", {}), ("learned", {}), ("llama3", {}), ("yarn", {})],
     2: [
         ("dense", TP2),
         ("moe", {**TP2, **SP}),
@@ -30,11 +30,15 @@ LAYOUTS: dict[int, list[tuple[str, dict[str, Any]]]] = {
         ("moe", {"context_parallel_size": 2}),
         ("dense", {**PP2, "virtual_pipeline_model_parallel_size": 2}),
         ("tied", PP2),
+        ("latent", {**TP2, **SP}),
+        ("latent", EP2),
+        ("learned", TP2),
     ],
     4: [
         ("moe", {**TP2, **SP, **PP2, **EP2}),
         ("allgather", {**TP2, **SP, **EP2, "expert_tensor_parallel_size": 2}),
         ("moe", {**PP2, **EP2}),
+        ("latent", {**TP2, **SP, **PP2, **EP2}),
     ],
 }
 CELLS = [(world, i) for world, cells in LAYOUTS.items() for i in range(len(cells))]
@@ -42,7 +46,7 @@ CELLS = [(world, i) for world, cells in LAYOUTS.items() for i in range(len(cells
 
 @pytest.fixture(scope="module")
 def one_rank() -> dict[str, Any]:
-    models = ["dense", "tied", "moe"]
+    models = ["dense", "tied", "moe", "latent", "learned", "llama3", "yarn"]
     return run_ranks(rollout_checks.on_one_rank, 1, models, [model for model, _ in LAYOUTS[1]])[0]
 
 
