@@ -45,7 +45,7 @@ def measure(data: str, precision: str, warmup: int, steps: int, threads: int) ->
 
     grid = grid_of(recipe, world)
     engine = Engine(recipe, grid, train.tokenizer.vocab_size)
-    batches = Batches(train, recipe, grid, shuffle=True)
+    batches = Batches(train, recipe, grid)
     tokens, losses, start, cpu_start = 0, [], 0.0, 0.0
     for step in range(warmup + steps):
         if step == warmup:
