@@ -47,16 +47,16 @@ def _into_groups(tokens: np.ndarray, count: int, size: int) -> list[list[int]]:
     return groups
 
 
-def shares(steps: list[np.ndarray], tokens: np.ndarray, sequence_length: int, *, padded: bool) -> dict[str, float]:
+def shares(steps: list[np.ndarray], sequence_length: int, *, padded: bool) -> dict[str, float]:
     """How much of the compute is padding, and how much of the ranks' time is waiting, at a fixed time a token.
 
-    steps: [microbatches, ranks, rows] of each. padded: every microbatch is filled up to rows * sequence_length
+    steps: [microbatches, ranks, rows] tokens of each row, 0 of padding. padded: every microbatch is filled up to rows * sequence_length
     positions, as model-parallel layouts need; then all ranks take equally long, and waiting shows as padding.
     """
     filled = longest = positions = 0.0
     ranks = steps[0].shape[1]
     for step in steps:
-        per_rank = np.where(step < 0, 0, tokens[step]).sum(axis=(0, 2))
+        per_rank = step.sum(axis=(0, 2))
         filled += float(per_rank.sum())
         longest += float(per_rank.max())
         positions += step.size * sequence_length if padded else float(per_rank.sum())

@@ -22,7 +22,8 @@ from megalign.data.once import build_once
 from megalign.data.packs import OUTCOMES, REJECTED_SHOWN, Kept, Packs, write_packs
 from megalign.data.rows import BadRow, Conversation, DataError, Example, Row, TextRow
 from megalign.data.source import Source
-from megalign.data.splits import BAD_SHOWN, Look, Piece, Split, listing, read_splits
+from megalign.data.splits import BAD_SHOWN, Look, Piece, Split, listing, read_splits, read_validation
+from megalign.data.stream import Stream, open_stream
 from megalign.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 # Packs leave room for documents rounded up to this, whatever the layout, so that runs with another
@@ -63,8 +64,15 @@ def build_datasets(recipe: Recipe) -> tuple[Dataset, Dataset]:
     """
     folder = cache_folder(recipe)
     tokenizer = tokenizer_of(recipe)
-    splits = read_splits(recipe, lambda source: encoded_look(recipe, source, tokenizer, folder))
-    train, validation = (build_dataset(recipe, split, tokenizer, folder) for split in splits)
+
+    def look(source: Source) -> Look:
+        return encoded_look(recipe, source, tokenizer, folder)
+
+    if recipe.data.streaming:
+        train = _streamed(recipe, tokenizer, folder)
+        validation = build_dataset(recipe, read_validation(recipe, look), tokenizer, folder)
+    else:
+        train, validation = (build_dataset(recipe, split, tokenizer, folder) for split in read_splits(recipe, look))
     for key, dataset in (("train", train), ("validation", validation)):
         counts = dataset.statistics
         if counts["rows_read"] and not counts["scored_tokens"]:
@@ -113,8 +121,7 @@ def encoded_look(recipe: Recipe, source: Source, tokenizer: Tokenizer, folder: P
 
 def build_dataset(recipe: Recipe, split: Split, tokenizer: Tokenizer, folder: Path) -> Dataset:
     """Pack the rows of a split, each source of a mixture on its own."""
-    grain = max(DOCUMENT_GRAIN, 2 * recipe.parallel.context_parallel_size)
-    built = [_packs_once(recipe, part.pieces, grain, folder) for part in split.parts]
+    built = [_packs_once(recipe, part.pieces, _grain(recipe), folder) for part in split.parts]
     statistics = _joined([packs.statistics for packs in built], recipe.data.sequence_length)
     kept = Kept(split.pieces, statistics["rows_kept"])
     parts, start = [], 0
@@ -137,6 +144,24 @@ def _packs_once(recipe: Recipe, pieces: list[Piece], grain: int, folder: Path) -
     )
     path = build_once(folder, key, lambda part: write_packs(part, pieces, data, grain), say=announcer(), timeout=data.cache_timeout)
     return Packs(path, encoded)
+
+
+def _streamed(recipe: Recipe, tokenizer: Tokenizer, folder: Path) -> Dataset:
+    """Packs by window; what is said of the rows is said of the first window."""
+    source = open_stream(recipe)
+    _check_rendering(source.rows(), tokenizer, recipe.data.template)
+    stream = Stream(source, recipe, tokenizer, folder, _grain(recipe))
+    first = stream.window(0)
+    statistics = {
+        **first.packs.statistics,
+        "fingerprint": stream.fingerprint,
+        "streaming": {"shuffle_window": stream.size, "counts": "rows of the first window"},
+    }
+    return Dataset(stream, tokenizer, statistics, Kept([first.piece], statistics["rows_kept"]), first.packs.tokens)
+
+
+def _grain(recipe: Recipe) -> int:
+    return max(DOCUMENT_GRAIN, 2 * recipe.parallel.context_parallel_size)
 
 
 class Joined(Sequence[list[Example]]):

@@ -9,6 +9,8 @@ from megalign.data.balance import shares
 from megalign.data.dataset import Dataset
 from megalign.data.mixture import MixtureSampler
 from megalign.data.sampler import Sampler
+from megalign.data.stream import Stream
+from megalign.data.stream_sampler import StreamSampler
 
 STEPS_LOOKED_AT = 200
 
@@ -37,6 +39,8 @@ def sampler_of(
         "shuffle": data.shuffle and not evaluation,
         "balance": balanced(recipe) if balance is None else balance,
     }
+    if isinstance(dataset.rows, Stream):
+        return StreamSampler(dataset.rows, remainder=data.remainder, **options)
     if dataset.parts and not evaluation:
         return MixtureSampler(
             dataset.parts,
@@ -67,8 +71,8 @@ def distribution(dataset: Dataset, recipe: Recipe, data_parallel_size: int, *, p
         sampler = sampler_of(
             dataset, recipe, data_parallel_size=data_parallel_size, balance=balance
         )
-        steps = [sampler.next_global_step() for _ in range(min(STEPS_LOOKED_AT, sampler.steps_per_epoch))]
-        found[name] = shares(steps, dataset.tokens, recipe.data.sequence_length, padded=padded)
+        steps = [sampler.tokens_of(sampler.next_global_step()) for _ in range(min(STEPS_LOOKED_AT, sampler.steps_per_epoch))]
+        found[name] = shares(steps, recipe.data.sequence_length, padded=padded)
     return {"data_parallel_size": data_parallel_size, "balanced": balanced(recipe), **found}
 
 

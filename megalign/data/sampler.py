@@ -58,6 +58,8 @@ class Sampler:
         self.epoch = 0  # of the latest step; the next step may open another
         self.offset = 0  # rows of this epoch already dealt, over all ranks
         self._order_of: tuple[int, np.ndarray] | None = None
+        if balance and tokens is None:
+            raise ValueError("balance needs the tokens of each row")
         if self.steps_per_epoch < 1:
             raise DataError(
                 f"{num_rows} rows make no batch of {global_batch_size} with data.remainder {remainder!r}; "
@@ -79,10 +81,19 @@ class Sampler:
         rows = self._take()
         batch = np.full(self.global_batch_size, -1)
         batch[: len(rows)] = rows
-        if self.balance and self.tokens is not None:
-            weights = np.where(batch < 0, 0, self.tokens[batch])
-            batch = batch[even_order(weights, self.micro_batch_size, self.data_parallel_size)]
+        if self.balance:
+            batch = batch[even_order(self.tokens_of(batch), self.micro_batch_size, self.data_parallel_size)]
         return batch.reshape(-1, self.data_parallel_size, self.micro_batch_size)
+
+    def tokens_of(self, batch: np.ndarray) -> np.ndarray:
+        """Tokens of each row, 0 of padding."""
+        assert self.tokens is not None
+        return np.where(batch < 0, 0, self.tokens[batch])
+
+    @property
+    def progress(self) -> float:
+        """Epochs gone through."""
+        return self.epoch + self.offset / max(1, self.num_rows)
 
     def _take(self) -> np.ndarray:
         """The rows of the next global batch, without padding."""

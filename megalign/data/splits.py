@@ -95,11 +95,9 @@ def read_splits(recipe: Recipe, look: Callable[[Source], Look] | None = None) ->
     else:
         total = sum(part.weight for part in data.mixture)
         train = Split([Part(p.name, p.weight / total, _read(p.path, data, data.max_rows, seed, look)) for p in data.mixture])
-    _check_bad(train.pieces, data)
-    if data.validation is not None:
-        return train, _validation(_read(data.validation, data, None, seed, look, held_out=True), data)
-    if data.validation_rows == 0:
-        return train, Split()
+    check_bad(train.pieces, data)
+    if data.validation is not None or data.validation_rows == 0:
+        return train, read_validation(recipe, look)
     if data.mixture is None and data.train == GRAMMAR:
         return train, _validation(_read(GRAMMAR, data, data.validation_rows, seed, look, held_out=True), data)
     validation = Part("", 1.0)
@@ -107,6 +105,14 @@ def read_splits(recipe: Recipe, look: Callable[[Source], Look] | None = None) ->
         part.pieces, apart = _set_apart(part.pieces, count, part.name)
         validation.pieces += apart
     return train, Split([validation])
+
+
+def read_validation(recipe: Recipe, look: Callable[[Source], Look]) -> Split:
+    """The rows of data.validation alone."""
+    data = recipe.data
+    if data.validation is None:
+        return Split()
+    return _validation(_read(data.validation, data, None, recipe.train.seed, look, held_out=True), data)
 
 
 def shares_of(count: int, weights: list[float]) -> list[int]:
@@ -152,7 +158,7 @@ def _read(
 
 
 def _validation(pieces: list[Piece], data: DataConfig) -> Split:
-    _check_bad(pieces, data)
+    check_bad(pieces, data)
     return Split([Part("", 1.0, pieces)])
 
 
@@ -182,7 +188,7 @@ def _set_apart(pieces: list[Piece], count: int, name: str) -> tuple[list[Piece],
     return kept, apart
 
 
-def _check_bad(pieces: list[Piece], data: DataConfig) -> None:
+def check_bad(pieces: list[Piece], data: DataConfig) -> None:
     rows = sum(len(piece.look.readable) for piece in pieces)
     bad = rows - sum(int(piece.look.readable.sum()) for piece in pieces)
     if bad / max(rows, 1) > data.max_bad_share:

@@ -17,7 +17,6 @@ from megalign.config.schema import Recipe, TrainConfig
 from megalign.data.dataset import Dataset
 from megalign.data.deal import sampler_of
 from megalign.data.mixture import MixtureSampler
-from megalign.data.sampler import Sampler
 from megalign.parallel.grid import Grid
 from megalign.parallel.preempt import Preempted, StopSignals
 from megalign.parallel.schedule import any_rank
@@ -200,7 +199,7 @@ def fit(
             tokens_per_second=tokens / seconds,
             mfu=achieved / peak_flops if peak_flops else None,
             step_time=seconds,
-            epoch=_epoch(batches.sampler),
+            epoch=round(batches.sampler.progress, 4),
             **result.metrics,
             **routing,
         )
@@ -281,7 +280,3 @@ def _over_data_ranks(tokens: int, grid: Grid) -> int:
     from megalign.parallel.schedule import sum_over
 
     return int(sum_over(torch.tensor(float(tokens), dtype=torch.float64, device=device()), grid.data.group).item())
-
-
-def _epoch(sampler: Sampler) -> float:
-    return round(sampler.epoch + sampler.offset / max(1, sampler.num_rows), 4)

@@ -190,6 +190,12 @@ CASES = [
     ("evaluation", "train.eval_prompts=3 data.validation_rows=0", 1, "train.eval_prompts", "there are no validation rows", "data.validation=v.jsonl"),
     ("evaluation", "train.early_stop_patience=2", 1, "train.early_stop_patience", "give train.eval_interval", "train.eval_interval=5"),
     ("evaluation", "train.exact_match=true data.validation_rows=0", 1, "train.exact_match", "there are no validation rows", "data.validation=v.jsonl"),
+    ("sources", 'data.mixture=[{"name":"a","path":"x","weight":0}]', 1, "data.mixture", "no source has a weight above 0", 'data.mixture=[{"name":"a","path":"x","weight":1}]'),
+    ("sources", 'data.mixture=[{"name":"a","path":"x","weight":1}] data.train=y.jsonl', 1, "data.train", "data.mixture takes its place", "data.mixture=null"),
+    ("sources", 'data.curriculum=[{"from_step":1,"weights":{"a":1}}]', 1, "data.curriculum", "there is none", "data.curriculum=null"),
+    ("streaming", "data.streaming=true", 1, "train.max_steps", "does not know how many rows there are", "data.streaming=false"),
+    ("streaming", "data.streaming=true", 1, "data.validation_rows", "=100: data.streaming does not know the last rows", "data.streaming=false"),
+    ("streaming", "data.streaming=true data.order_by_length=true", 1, "data.order_by_length", "has a window of them", "data.streaming=false"),
 ]  # fmt: skip
 
 

@@ -81,8 +81,7 @@ def test_resume_deals_the_same(tmp_path):
 
 
 def test_shares_by_hand():
-    tokens = np.array([6, 2, 4, 4, 3])
-    steps = [np.array([[[0], [1]], [[2], [3]]]), np.array([[[4], [-1]]])]  # ranks: 6+4 and 2+4, then 3 and nothing
+    steps = [np.array([[[6], [2]], [[4], [4]]]), np.array([[[3], [0]]])]  # ranks: 6 + 4 and 2 + 4, then 3 and nothing
     # Filled 19 of 2 * 10 + 2 * 3 rank times; of 6 rows of 8 positions.
-    assert shares(steps, tokens, 8, padded=False) == {"padding_share": 0.0, "idle_share": pytest.approx(1 - 19 / 26)}
-    assert shares(steps, tokens, 8, padded=True) == {"padding_share": pytest.approx(1 - 19 / 48), "idle_share": 0.0}
+    assert shares(steps, 8, padded=False) == {"padding_share": 0.0, "idle_share": pytest.approx(1 - 19 / 26)}
+    assert shares(steps, 8, padded=True) == {"padding_share": pytest.approx(1 - 19 / 48), "idle_share": 0.0}
