@@ -63,11 +63,11 @@ def make_tokenizer(recipe: Recipe, rows: list[Row]) -> Tokenizer:
     path = data.tokenizer.path or recipe.model.init_from
     if path is None:
         texts = (text for row in rows for text in plain_texts(row, data.template))
-        tokenizer = train_tokenizer(texts, data.tokenizer.vocab_size, data.template)
+        tokenizer = train_tokenizer(texts, data.tokenizer.vocab_size, data.template, data.tokenizer.special_tokens)
     else:
-        tokenizer = load_tokenizer(path, data.template)
+        tokenizer = load_tokenizer(path, data.template, data.tokenizer.special_tokens)
     if any(isinstance(row, Conversation) for row in rows):
-        check_template(tokenizer, data.template)
+        check_template(tokenizer, data.template, data.loss_on)
     return tokenizer
 
 

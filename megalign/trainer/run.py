@@ -24,7 +24,6 @@ from megalign.config.schema import Recipe
 from megalign.data.dataset import Dataset, build_datasets, make_tokenizer
 from megalign.data.rows import BadRow, Conversation
 from megalign.data.splits import listing, read_splits
-from megalign.data.templates import template_hash
 from megalign.parallel.checkpoint import list_checkpoints, read_meta
 from megalign.parallel.grid import Grid, create_grid
 from megalign.parallel.init import World
@@ -146,7 +145,7 @@ def identity(recipe: Recipe, train: Dataset) -> dict[str, Any]:
         "model": model,
         "tokenizer": train.tokenizer.hash,
         "template": recipe.data.template,
-        "template_hash": template_hash(recipe.data.template),
+        "template_hash": train.tokenizer.template.hash,
         "vocab_size": recipe.model.vocab_size or train.tokenizer.vocab_size,
         "training_rows": train.statistics["fingerprint"],
     }
