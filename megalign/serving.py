@@ -42,7 +42,8 @@ def recipe_for(checkpoint: Path, overrides: list[str]) -> Recipe:
     meta = read_meta(checkpoint)
     recipe = Recipe(**meta["recipe"])
     recipe.model.init_from = None  # the weights come from the checkpoint,
-    recipe.data.tokenizer.path = None  # and so does the tokenizer
+    recipe.data.tokenizer.path = str(checkpoint / "tokenizer")  # and so do the tokenizer
+    recipe.data.template = "tokenizer"  # and its template
     recipe.model.vocab_size = meta["identity"]["vocab_size"]
     recipe.parallel = ParallelConfig()
     recipe.train.micro_batch_size = recipe.train.global_batch_size = 1

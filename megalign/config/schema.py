@@ -16,6 +16,8 @@ Format = Literal[
     "ultrafeedback", "helpsteer", "unpaired", "gsm8k", "problem", "human_eval", "prompts", "judge_prompts",
 ]  # fmt: skip  (megalign.data.formats has the table)
 
+TEMPLATES = ("chatml", "llama2", "llama3", "mistral-v1", "mistral-v2", "mistral-v3", "alpaca", "vicuna")  # of megalign.data.templates
+
 
 class Section(BaseModel):
     """A part of the recipe: unknown keys are errors, values are validated on assignment too."""

@@ -170,6 +170,9 @@ def train_tokenizer(
     """
     chosen = get_template(template)
     pieces = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    if _ends_in_blank_line(chosen):
+        # Else the last newline before a reply would belong to the reply's word, if that is tokenised with it.
+        pieces.insert(0, pre_tokenizers.Split(tokenizers.Regex("[\r\n]+"), "isolated"))
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(pieces)  # type: ignore[assignment]
     bpe.decoder = decoders.ByteLevel()  # type: ignore[assignment]
@@ -190,6 +193,14 @@ def train_tokenizer(
     if hf.eos_token is None:
         hf.eos_token = Tokenizer(hf).token_text(Tokenizer(hf).end_of_turn)
     return Tokenizer(hf)
+
+
+def _ends_in_blank_line(template: Template) -> bool:
+    """Whether the prompt of the template, as Llama 3's, ends in more than one newline."""
+    try:
+        return render(Conversation((Message("user", "Hi"),)), template, add_generation_prompt=True)[-1].text.endswith("\n\n")
+    except Unusable:
+        return False
 
 
 def add_tags(hf: PreTrainedTokenizerFast, tags: Sequence[str]) -> None:

@@ -22,6 +22,7 @@ from megalign.config.load import dump_recipe
 from megalign.config.rules import check_vocabulary
 from megalign.config.schema import Recipe
 from megalign.data.dataset import Dataset, build_datasets, make_tokenizer
+from megalign.data.formats import announcement
 from megalign.data.rows import BadRow, Conversation
 from megalign.data.splits import listing, read_splits
 from megalign.parallel.checkpoint import list_checkpoints, read_meta
@@ -180,6 +181,8 @@ def announce(run: RunFolder, world: World, train: Dataset, log: NullLogger) -> N
     log.event(step, "batch", effective_batch(recipe, layout_of(recipe, world.size)))
     for line in warnings(recipe, world.size):
         log.event(step, "warning", line)
+    for source, facts in counts["sources"].items():
+        log.event(step, "data", announcement(source, facts["format"]))
     left_out = counts["bad"] + counts["truncated_away"]
     if left_out:
         rows = [BadRow(**row) for row in counts["rejected"]]

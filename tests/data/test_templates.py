@@ -123,7 +123,7 @@ def test_hash_is_of_the_jinja_text():
 
 @cache
 def tokenizer_for(name):
-    text = "You are a helpful assistant. What is 2+2? USER: ASSISTANT: ### Response: [INST] <<SYS>> user system é 日本 🙂 </s> "
+    text = "You are a helpful assistant. What is 2+2? USER: ASSISTANT: ### Response: [INST] <<SYS>> user system\n\nassistant\n\n\n\n é 日本 🙂 </s> "
     return train_tokenizer([text] * 5, 400, name)
 
 
