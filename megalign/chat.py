@@ -33,7 +33,7 @@ def answer(
     max_new_tokens: int,
     sampling: SamplingParams,
     seed: int = 0,
-    template: str = "chatml",
+    template: str = "tokenizer",
 ) -> list[str]:
     """The assistant's next message in each conversation, alike on every rank (collective).
 
@@ -73,7 +73,7 @@ def run_chat(
     system: str | None = None,
     seed: int = 0,
     prompt: str | None = None,
-    template: str = "chatml",
+    template: str = "tokenizer",
     interactive: bool | None = None,
     read: Callable[[str], str] = input,
     write: Callable[[str], Any] | None = None,

@@ -30,6 +30,8 @@ app.add_typer(recipes_app, name="recipes")
 
 RecipeArgument = Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe that comes with megalign.", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe, e.g. optimizer.lr=1e-4")]
+DataFiles = Annotated[list[Path], typer.Argument(help="Data files, or folders that `datasets` saved.", show_default=False)]
+FormatOption = Annotated[str, typer.Option(help="Format of the rows; auto: told by the first of a file.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print parameters, memory, steps and the first row; load no weights.")]
 
 
@@ -162,12 +164,52 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder, finished or n
 
 
 @data_app.command("preview")
-def data_preview(recipe: RecipeArgument, overrides: Overrides = None, rows: Annotated[int, typer.Option(min=1, help="How many.")] = 3) -> None:
+def data_preview(
+    what: Annotated[str, typer.Argument(help="A recipe, or a data file.", show_default=False)],
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(min=1, help="How many.")] = 3,
+    format: FormatOption = "auto",
+) -> None:
     """Show rendered rows with the scored tokens coloured."""
     from megalign.config.load import load_recipe
+    from megalign.config.schema import Recipe
+    from megalign.data.files import is_data
     from megalign.data.preview import preview
 
-    preview(load_recipe(recipe, overrides or []), rows)
+    given = overrides or []
+    if format != "auto":
+        given = [f"data.format={format}", *given]
+    if is_data(Path(what)):
+        from megalign.config.load import apply_overrides
+
+        recipe = apply_overrides(Recipe(), [f"data.train={what}", "data.validation_rows=0", "data.max_bad_share=1", *given])
+    else:
+        recipe = load_recipe(what, given)
+    preview(recipe, rows)
+
+
+@data_app.command("stats")
+def data_stats(files: DataFiles, format: FormatOption = "auto") -> None:
+    """Count the rows of files: what each becomes, and why some are unusable."""
+    from megalign.data.statistics import statistics
+
+    for file in files:
+        statistics(file, format)
+
+
+@data_app.command("tokenizer")
+def data_tokenizer(
+    files: DataFiles,
+    output: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
+    vocab_size: Annotated[int, typer.Option(min=260, help="Special tokens included.")] = 4096,
+    template: Annotated[str, typer.Option(help="Chat template whose control tokens it gets.")] = "chatml",
+    format: FormatOption = "auto",
+    special_token: Annotated[list[str] | None, typer.Option(help="A single id, e.g. <think>; may be repeated.")] = None,
+) -> None:
+    """Train a byte-level BPE tokenizer on files; print the bytes a token stands for in text it has not seen."""
+    from megalign.data.statistics import tokenizer_from
+
+    tokenizer_from(files, output, vocab_size, template, format, special_token or [])
 
 
 @recipes_app.command("list")

@@ -13,7 +13,7 @@ from megalign.config.layout import world_size_of
 from megalign.config.load import apply_overrides
 from megalign.config.rules import check
 from megalign.config.schema import ParallelConfig, Recipe
-from megalign.data.tokenizer import load_tokenizer
+from megalign.data.tokenizer import Tokenizer, load_tokenizer
 from megalign.models.pretrained import save_pretrained
 from megalign.parallel.checkpoint import CheckpointError, list_checkpoints, read_meta
 from megalign.parallel.init import World
@@ -42,7 +42,8 @@ def recipe_for(checkpoint: Path, overrides: list[str]) -> Recipe:
     meta = read_meta(checkpoint)
     recipe = Recipe(**meta["recipe"])
     recipe.model.init_from = None  # the weights come from the checkpoint,
-    recipe.data.tokenizer.path = None  # and so does the tokenizer
+    recipe.data.tokenizer.path = str(checkpoint / "tokenizer")  # and so do the tokenizer
+    recipe.data.template = "tokenizer"  # and its template
     recipe.model.vocab_size = meta["identity"]["vocab_size"]
     recipe.parallel = ParallelConfig()
     recipe.train.micro_batch_size = recipe.train.global_batch_size = 1
@@ -67,6 +68,22 @@ def load_for_inference(path: Path, overrides: list[str], world: World) -> tuple[
     return engine, checkpoint
 
 
+def stored_tokenizer(checkpoint: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint, with the chat template that it was trained with (D14, V4).
+
+    Raises CheckpointError where the folder's files are no longer those: what is served would not be what was trained.
+    """
+    tokenizer, identity = load_tokenizer(checkpoint / "tokenizer"), read_meta(checkpoint)["identity"]
+    found = {"tokenizer": tokenizer.hash, "template_hash": tokenizer.template.hash}
+    for key, name in (("tokenizer", "tokenizer"), ("template_hash", "chat template")):
+        if found[key] != identity[key]:
+            raise CheckpointError(
+                f"{checkpoint / 'tokenizer'} holds another {name} than the checkpoint was trained with "
+                f"({found[key][:12]}, trained: {identity[key][:12]}); restore the folder's files"
+            )
+    return tokenizer
+
+
 def chat_with(
     path: Path,
     overrides: list[str],
@@ -81,7 +98,7 @@ def chat_with(
 ) -> None:
     """Talk to a checkpoint on the terminal (collective)."""
     engine, checkpoint = load_for_inference(path, overrides, world)
-    tokenizer = load_tokenizer(checkpoint / "tokenizer", engine.recipe.data.template)
+    tokenizer = stored_tokenizer(checkpoint)
     if world.rank == 0 and prompt is None:
         step = read_meta(checkpoint)["training"]["progress"]["step"]
         print(f"{checkpoint} (step {step}). /reset, /system TEXT, /quit", flush=True)
@@ -103,7 +120,7 @@ def write_hugging_face(path: Path, folder: Path, dtype: str, world: World) -> No
         raise CheckpointError(f"--dtype is {dtype!r}: it must be float32 or bfloat16")
     engine, checkpoint = load_for_inference(path, [], world)
     model = engine.recipe.model
-    tokenizer = load_tokenizer(checkpoint / "tokenizer", engine.recipe.data.template)
+    tokenizer = stored_tokenizer(checkpoint)
     eos = tokenizer.end_of_turn
     save_pretrained(folder, engine.models, model, engine.grid, int(model.vocab_size or 0), checkpoint / "tokenizer", eos, getattr(torch, dtype))
     if world.rank == 0:

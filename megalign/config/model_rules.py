@@ -210,13 +210,17 @@ def starting_point(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
     if model.preset and model.init_from:
         rule = "init_from gives the shape too, by its config.json"
         yield Problem("model.preset", rule, "remove one of the two, here e.g. with model.preset=null", model.preset)
-    for field, folder, file in (
-        ("model.init_from", model.init_from, "config.json"),
-        ("data.tokenizer.path", tokenizer.path, "tokenizer.json"),
-    ):
-        if folder and not Path(folder, file).is_file():
-            fix = "give the path of a Hugging Face folder"
-            yield Problem(field, f"there is no {file} in that folder", fix, folder)
+    if model.init_from and not Path(model.init_from, "config.json").is_file():
+        fix = "give the path of a Hugging Face folder"
+        yield Problem("model.init_from", "there is no config.json in that folder", fix, model.init_from)
+    if tokenizer.path and not _holds_tokenizer(Path(tokenizer.path)):
+        fix = "give the path of a Hugging Face folder, or of a SentencePiece .model file"
+        rule = "there is no tokenizer.json and no .model file in that folder"
+        yield Problem("data.tokenizer.path", rule, fix, tokenizer.path)
+
+
+def _holds_tokenizer(path: Path) -> bool:
+    return (path / "tokenizer.json").is_file() or path.is_file() or any(path.glob("*.model"))
 
 
 def _divisors(number: int) -> str:

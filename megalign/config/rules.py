@@ -13,7 +13,8 @@ from megalign.config import layout_rules, model_rules, recompute
 from megalign.config.advice import warnings
 from megalign.config.errors import ConfigError, Problem, not_a_multiple
 from megalign.config.layout import Layout, layout_of, sequence_multiple, world_size_of
-from megalign.config.schema import Recipe
+from megalign.config.schema import TEMPLATES, Recipe
+from megalign.config.suggest import closest
 
 __all__ = ["check", "warnings", "world_size_of"]
 
@@ -47,6 +48,18 @@ def sequence_length(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
         parts += [f"2 * cp({layout.cp})"] if layout.cp > 1 else []
         what = f"{' * '.join(parts)} = {multiple}"
         yield not_a_multiple("data.sequence_length", length, multiple, what, "lower the parallel sizes")
+
+
+def template(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
+    """The chat template is a known one, a Jinja file, or that of a tokenizer that there is."""
+    name, tokenizer = recipe.data.template, recipe.data.tokenizer.path or recipe.model.init_from
+    if name == "tokenizer" and tokenizer is None:
+        fix = f"give data.tokenizer.path, or choose one of {', '.join(TEMPLATES)}"
+        yield Problem("data.template", "a tokenizer that is trained here has no template of its own", fix, name)
+    elif name not in (*TEMPLATES, "tokenizer") and not name.endswith(".jinja"):
+        near = closest(name, list(TEMPLATES)) or closest(name, [each.partition("-")[0] for each in TEMPLATES])
+        fix = f"choose one of {', '.join(TEMPLATES)}, a .jinja file, or tokenizer (its own){near}"
+        yield Problem("data.template", "no such chat template", fix, name)
 
 
 def batch(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
@@ -160,6 +173,7 @@ RULES = (
     *model_rules.RULES,
     recompute.recompute,
     sequence_length,
+    template,
     batch,
     schedule,
     evaluation,

@@ -16,6 +16,8 @@ Format = Literal[
     "ultrafeedback", "helpsteer", "unpaired", "gsm8k", "problem", "human_eval", "prompts", "judge_prompts",
 ]  # fmt: skip  (megalign.data.formats has the table)
 
+TEMPLATES = ("chatml", "llama2", "llama3", "mistral-v1", "mistral-v2", "mistral-v3", "alpaca", "vicuna")  # of megalign.data.templates
+
 
 class Section(BaseModel):
     """A part of the recipe: unknown keys are errors, values are validated on assignment too."""
@@ -109,10 +111,11 @@ class ParallelConfig(Section):
 
 
 class TokenizerConfig(Section):
-    """An existing Hugging Face tokenizer (`path`), or a byte-level BPE trained on the training rows."""
+    """An existing Hugging Face or SentencePiece tokenizer (`path`), or a byte-level BPE trained on the training rows."""
 
-    path: str | None = Field(default=None, description="folder with tokenizer.json; default: that of model.init_from, else one is trained")
+    path: str | None = Field(default=None, description="folder with tokenizer.json, or a SentencePiece .model; default: that of model.init_from, else one is trained")
     vocab_size: int = Field(default=4096, ge=260, description="size of the tokenizer that is trained, special tokens included")
+    special_tokens: list[str] = Field(default=[], description="a single id each wherever the text has them, e.g. <think>, </think>, <tool_call>")
 
 
 class MixtureSource(Section):
@@ -138,7 +141,7 @@ class DataConfig(Section):
     validation: str | list[str] | None = Field(default=None, description="file or files; null: the last `validation_rows` of train")
     validation_rows: int = Field(default=100, ge=0)
     format: Format = Field(default="auto", description="of every file of train and validation; auto: told by its first row")
-    template: Literal["chatml"] = "chatml"
+    template: str = Field(default="chatml", description="chatml, llama2, llama3, mistral-v1, -v2, -v3, alpaca, vicuna, a .jinja file, or tokenizer: its own")
     tokenizer: TokenizerConfig = TokenizerConfig()
     sequence_length: int = Field(default=256, ge=8, description="tokens of one (packed) row")
     packing: bool = Field(default=True, description="several conversations a row, attention block-diagonal, positions reset")

@@ -74,6 +74,7 @@ _NAMES = {
     "data.packing": "pack",
     "data.tokenizer": "tokeniser",
     "data.tokenizer.path": "tokenizer_path tokenizer_name",
+    "data.tokenizer.special_tokens": "additional_special_tokens extra_tokens added_tokens",
     "optimizer": "optim optimiser adam",
     "optimizer.lr": "learning_rate max_lr base_lr",
     "optimizer.weight_decay": "wd",

@@ -31,7 +31,7 @@ from megalign.data.encode import encode_rows
 from megalign.data.once import Say, build_once
 from megalign.data.rows import BadRow, DataError, Row, TextRow, TooLong
 from megalign.data.source import Source
-from megalign.data.templates import template_hash
+from megalign.data.templates import get_template
 from megalign.data.tokenizer import Tokenizer
 
 KEPT, UNREADABLE, REFUSED, TOO_LONG = range(4)  # outcome of a row: unreadable as read, refused or too long when encoded
@@ -76,7 +76,7 @@ def encode_key(source: Source, tokenizer: Tokenizer, data: DataConfig, folder: P
         "content": source.digest(folder),
         "source": source.name,  # stands in the reasons of rejected rows
         "format": source.format,
-        "template": template_hash(data.template),
+        "template": get_template(data.template, tokenizer.hf).hash,
         "tokenizer": tokenizer.hash,
         "options": data.model_dump(mode="json", exclude=IRRELEVANT),
     }

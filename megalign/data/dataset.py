@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from megalign.config.schema import Recipe
+from megalign.config.schema import DataConfig, Recipe
 from megalign.data.cache import UNREADABLE, announcer, cache_folder, encode_once, entry_key
 from megalign.data.encode import check_template, plain_texts
 from megalign.data.once import build_once
@@ -97,22 +97,22 @@ def make_tokenizer(recipe: Recipe, rows: Iterable[Row]) -> Tokenizer:
     path = data.tokenizer.path or recipe.model.init_from
     if path is None:
         texts = (text for row in rows for text in plain_texts(row, data.template))
-        tokenizer = train_tokenizer(texts, data.tokenizer.vocab_size, data.template)
+        tokenizer = train_tokenizer(texts, data.tokenizer.vocab_size, data.template, data.tokenizer.special_tokens)
     else:
-        tokenizer = load_tokenizer(path, data.template)
-    _check_rendering(rows, tokenizer, data.template)
+        tokenizer = load_tokenizer(path, data.template, data.tokenizer.special_tokens)
+    _check_rendering(rows, tokenizer, data)
     return tokenizer
 
 
-def _check_rendering(rows: Iterable[Row], tokenizer: Tokenizer, template: str) -> None:
+def _check_rendering(rows: Iterable[Row], tokenizer: Tokenizer, data: DataConfig) -> None:
     """DataError where conversations would be rendered otherwise than a server renders them. All rows are of one kind."""
     if isinstance(next((row for row in rows if not isinstance(row, BadRow)), None), Conversation):
-        check_template(tokenizer, template)
+        check_template(tokenizer, data.template, data.loss_on)
 
 
 def encoded_look(recipe: Recipe, source: Source, tokenizer: Tokenizer, folder: Path) -> Look:
     """A source, tokenised."""
-    _check_rendering(source.rows(), tokenizer, recipe.data.template)
+    _check_rendering(source.rows(), tokenizer, recipe.data)
     encoded = encode_once(source, tokenizer, recipe.data, folder)
     readable = [table["outcome"] != UNREADABLE for _, table in encoded.table()]
     bad = (row for number, row in encoded.rejected(0, len(encoded)))
@@ -149,7 +149,7 @@ def _packs_once(recipe: Recipe, pieces: list[Piece], grain: int, folder: Path) -
 def _streamed(recipe: Recipe, tokenizer: Tokenizer, folder: Path) -> Dataset:
     """Packs by window; what is said of the rows is said of the first window."""
     source = open_stream(recipe)
-    _check_rendering(source.rows(), tokenizer, recipe.data.template)
+    _check_rendering(source.rows(), tokenizer, recipe.data)
     stream = Stream(source, recipe, tokenizer, folder, _grain(recipe))
     first = stream.window(0)
     statistics = {

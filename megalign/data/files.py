@@ -38,6 +38,16 @@ def kind(path: Path) -> str:
     return inner.suffix.lower()
 
 
+def is_data(path: Path) -> bool:
+    """Whether there is a file or a saved folder that `values` reads, by its name alone."""
+    try:
+        if kind(path) == FOLDER:
+            return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+    except DataError:
+        return False
+    return path.is_file()
+
+
 def values(path: Path) -> Iterator[tuple[int, Any]]:
     """(line, value) of each row in order; the value is `Unusable` where the line alone is broken."""
     readers = {

@@ -10,6 +10,7 @@ from rich.text import Text
 from megalign.config.schema import Recipe
 from megalign.data.dataset import make_tokenizer
 from megalign.data.encode import encode
+from megalign.data.formats import announcement
 from megalign.data.rows import BadRow, Example
 from megalign.data.splits import read_splits
 from megalign.data.tokenizer import Tokenizer
@@ -27,7 +28,7 @@ def preview(recipe: Recipe, count: int, console: Console | None = None) -> None:
     train, _ = read_splits(recipe)
     tokenizer = make_tokenizer(recipe, train.rows)
     for source, format in train.formats.items():
-        console.print(Text(f"{source}: format {format}, template {data.template}, loss on {data.loss_on}"))
+        console.print(Text(f"{announcement(source, format)}; template {data.template}, loss on {data.loss_on}"))
     console.print(
         Text.assemble("scored: ", ("«like this»", SCORED), "; not scored: ", ("like this", CONTEXT))
     )

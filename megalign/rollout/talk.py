@@ -117,7 +117,13 @@ class Talk:
         if not self.interactive:
             self.reset(self.system)
         messages = [*self.messages, Message("user", line)]
-        ids = encode_prompt(Conversation(tuple(messages)), self.tokenizer, self.template)
+        try:
+            ids = encode_prompt(Conversation(tuple(messages)), self.tokenizer, self.template)
+        except DataError as error:  # what the template has against the conversation
+            if not self.interactive:
+                raise
+            self._say(f"{error}; start again with /reset", end="\n")
+            return None
         if len(ids) >= self.context:
             problem = (
                 f"{len(ids)} tokens with this message, but the context holds {self.context}, answer included"

@@ -23,9 +23,9 @@ from megalign.config.rules import check_vocabulary
 from megalign.config.schema import Recipe
 from megalign.data.dataset import Dataset, build_datasets, make_tokenizer
 from megalign.data.deal import describe_distribution, distribution
+from megalign.data.formats import announcement
 from megalign.data.rows import BadRow, Conversation
 from megalign.data.splits import listing, read_splits
-from megalign.data.templates import template_hash
 from megalign.parallel.checkpoint import list_checkpoints, read_meta
 from megalign.parallel.grid import Grid, create_grid
 from megalign.parallel.init import World
@@ -155,7 +155,7 @@ def identity(recipe: Recipe, train: Dataset) -> dict[str, Any]:
         "model": model,
         "tokenizer": train.tokenizer.hash,
         "template": recipe.data.template,
-        "template_hash": template_hash(recipe.data.template),
+        "template_hash": train.tokenizer.template.hash,
         "vocab_size": recipe.model.vocab_size or train.tokenizer.vocab_size,
         "training_rows": train.statistics["fingerprint"],
     }
@@ -191,6 +191,8 @@ def announce(run: RunFolder, world: World, train: Dataset, log: NullLogger) -> N
     log.event(step, "data", describe_distribution(run.dealing(train)["distribution"]))
     for line in warnings(recipe, world.size):
         log.event(step, "warning", line)
+    for source, facts in counts["sources"].items():
+        log.event(step, "data", announcement(source, facts["format"]))
     left_out = counts["bad"] + counts["truncated_away"]
     if left_out:
         rows = [BadRow(**row) for row in counts["rejected"]]

@@ -179,6 +179,9 @@ CASES = [
     ("sequence_length", "tp=2 sp=true sequence=255", 2, "data.sequence_length", "tp(2) = 2, but 255 = 127 * 2 + 1; set it to 254 or 256", "sp=false"),
     ("sequence_length", "cp=2 sequence=258", 2, "data.sequence_length", "2 * cp(2) = 4, but 258 = 64 * 4 + 2; set it to 256 or 260", "sequence=260"),
     ("sequence_length", "tp=2 cp=2 sp=true sequence=260", 4, "data.sequence_length", "tp(2) * 2 * cp(2) = 8, but 260 = 32 * 8 + 4", "sequence=264"),
+    ("template", "data.template=llama4", 1, "data.template", "alpaca, vicuna, a .jinja file, or tokenizer (its own) (did you mean llama3?)", "data.template=mine.jinja"),
+    ("template", "data.template=mistral", 1, "data.template", "=mistral: no such chat template", "data.template=mistral-v3"),
+    ("template", "data.template=tokenizer", 1, "data.template", "a tokenizer that is trained here has no template of its own", "data.template=vicuna"),
     ("batch", "micro=2 batch=10", 2, "train.global_batch_size", "micro_batch_size(2) * data parallel(2) = 4, but 10 = 2 * 4 + 2; set it to 8 or 12", "micro=1"),
     ("batch", "micro=2 batch=3", 2, "train.global_batch_size", "set it to 4, or", "batch=4"),
     ("schedule", "max_steps=100 optimizer.lr_warmup_steps=100", 1, "optimizer.lr_warmup_steps", "=100: the run has only train.max_steps(100)", "optimizer.lr_warmup_steps=99"),
@@ -276,3 +279,15 @@ def test_a_row_divides_into_the_chunks_of_every_rank():
     assert sequence_multiple(layout_of(recipe("tp=2")), False) == 1
     assert sequence_multiple(layout_of(recipe("tp=2")), True) == 2
     assert sequence_multiple(layout_of(recipe("tp=2 cp=4")), True) == 16
+
+
+def test_chat_templates_and_tokenizers(tmp_path):
+    from megalign.config.schema import TEMPLATES
+    from megalign.data import templates
+
+    assert tuple(templates.TEMPLATES) == TEMPLATES
+    for name in TEMPLATES:
+        assert violations(recipe(f"data.template={name}")) == {}
+    (tmp_path / "t.model").touch()
+    for path in (tmp_path, tmp_path / "t.model"):
+        assert violations(recipe(f"data.template=tokenizer data.tokenizer.path={path}")) == {}

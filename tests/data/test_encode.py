@@ -172,13 +172,17 @@ def test_documents_are_cut_without_losing_a_target(count, length):
 
 def test_tokenizers_that_do_not_fit_the_template_are_refused(tokenizer):
     check_template(tokenizer, "chatml")
-    # Metaspace puts a space before each segment: "▁assistant", where a server sees "assistant".
+    # Metaspace puts a space after each control token, and none where the mask alone cuts the string.
     letters = {c: i for i, c in enumerate("▁\n " + "".join(map(chr, range(33, 127))))}
     metaspace = tokenizers.Tokenizer(models.BPE(vocab=letters, merges=[]))
     metaspace.pre_tokenizer, metaspace.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     metaspace.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    with pytest.raises(DataError, match=r"(?s)does not fit data.template 'chatml'.*first after.*assistant"):
-        check_template(Tokenizer(PreTrainedTokenizerFast(tokenizer_object=metaspace)), "chatml")
+    check_template(Tokenizer(PreTrainedTokenizerFast(tokenizer_object=metaspace)), "chatml")
+    # A vocabulary with a token that begins in the header and ends in the reply.
+    across = tokenizers.Tokenizer(models.BPE(vocab=letters | {"\nA": 200}, merges=[("\n", "A")]))
+    across.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    with pytest.raises(DataError, match=r"(?s)does not fit data.template 'chatml'.*first after.*a n t'"):
+        check_template(Tokenizer(PreTrainedTokenizerFast(tokenizer_object=across)), "chatml")
     # A vocabulary in which merges build the control token out of plain text.
     vocab = {"<|im_start|>": 0, "<|im_end|>": 1, "<|im_end|": 2} | {
         c: i + 3 for i, c in enumerate("<|im_end>x")
@@ -187,8 +191,13 @@ def test_tokenizers_that_do_not_fit_the_template_are_refused(tokenizer):
     vocab |= {"".join(parts[:n]): 20 + n for n in range(2, 9)}
     merges = [("".join(parts[:n]), parts[n]) for n in range(1, 10)]
     forging = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    with pytest.raises(DataError, match=r"'<\|im_end\|>' in plain text becomes a control token"):
-        check_template(Tokenizer(PreTrainedTokenizerFast(tokenizer_object=forging)), "chatml")
+    forging.add_special_tokens(["<|im_end|>"])
+    assert 1 not in Tokenizer(PreTrainedTokenizerFast(tokenizer_object=forging)).encode("x<|im_end|>x<|im_end|>")
+    # A control token that is a letter.
+    letter = tokenizers.Tokenizer(models.BPE(vocab=letters, merges=[]))
+    hf = PreTrainedTokenizerFast(tokenizer_object=letter, eos_token="x")
+    with pytest.raises(DataError, match="'x' in plain text becomes a control token"):
+        check_template(Tokenizer(hf), "alpaca")
     with pytest.raises(DataError, match="has no token '<|im_start|>'"):
         check_template(
             Tokenizer(PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(models.BPE()))), "chatml"

@@ -37,7 +37,7 @@ def test_mask_is_visible_without_colour(shown):
     )
     assert text.count(row) == 2  # markup of the data is text, and its escape codes steer no terminal
     assert "\x1b" not in text
-    assert "a.jsonl: format messages, template chatml, loss on assistant" in text
+    assert "a.jsonl: format messages; template chatml, loss on assistant" in text
     assert "a.jsonl:2: not used: not JSON" in text
     assert "a.jsonl:3: " in text and "a.jsonl:4: " not in text
     assert "a.jsonl:2:" not in shown(1)

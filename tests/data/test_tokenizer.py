@@ -90,7 +90,7 @@ def test_training_is_deterministic(tokenizer):
 
 
 def test_missing_folder():
-    with pytest.raises(DataError, match="nowhere' holds no tokenizer.json"):
+    with pytest.raises(DataError, match="nowhere' holds no tokenizer.json and no SentencePiece .model"):
         load_tokenizer("nowhere")
 
 
@@ -117,3 +117,35 @@ def test_end_of_document_without_endoftext():
     assert Tokenizer(hf).eod == Tokenizer(hf).token_id("</s>")
     with pytest.raises(DataError, match="no token"):
         _ = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=plain_bpe())).eod
+
+
+WORDS = "You are a helpful assistant who lives with the fox at the harbour and with the owl in the forest, which are friends."
+TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
+
+
+def test_think_and_tool_tags_are_single_ids(tmp_path):
+    texts = ["<think>" + WORDS + "</think>the owl <tool_call>"] * 20
+    trained = train_tokenizer(texts, 300, special_tokens=TAGS)
+    assert trained.vocab_size == 300
+    for tag in TAGS:
+        assert trained.encode(tag) == [trained.token_id(tag)]
+        assert trained.hf(tag, add_special_tokens=False)["input_ids"] == [trained.token_id(tag)]
+    ids = trained.encode("<think>the fox</think>\n<|im_end|>")
+    assert ids[0] == trained.token_id("<think>") and trained.token_id("</think>") in ids
+    assert trained.token_id("<|im_end|>") not in ids  # what a model may write is not what a template alone writes
+    assert trained.decode(ids, skip_control=True) == "<think>the fox</think>\n<|im_end|>"
+    trained.save(tmp_path)
+    again = load_tokenizer(tmp_path, special_tokens=["<think>", "<tool_response>"])
+    assert again.token_id("<think>") == trained.token_id("<think>")
+    assert (again.vocab_size, again.token_id("<tool_response>")) == (301, 300)
+    assert load_tokenizer(tmp_path).hash == trained.hash != again.hash
+
+
+def test_a_recipe_names_its_tags():
+    from megalign.config.schema import Recipe
+    from megalign.data.dataset import make_tokenizer
+    from megalign.data.rows import TextRow
+
+    recipe = Recipe.model_validate({"data": {"tokenizer": {"special_tokens": ["<think>"], "vocab_size": 300}}})
+    tokenizer = make_tokenizer(recipe, [TextRow("<think>a</think>")])
+    assert len(tokenizer.encode("<think>")) == 1 < len(tokenizer.encode("</think>"))

@@ -60,7 +60,7 @@ ERRORS = {
 
 def test_bad_input_is_one_clear_message(tmp_path: Path):
     (tmp_path / "empty.jsonl").touch()
-    (tmp_path / "wrong.jsonl").write_text('{"question": "who?", "answer": "me"}\n' * 3)
+    (tmp_path / "wrong.jsonl").write_text('{"who": "you", "what": "me"}\n' * 3)
     for name, (arguments, expected) in ERRORS.items():
         filled = [argument.format(tmp=tmp_path) for argument in arguments]
         done = megalign("sft", "sft-dense", f"output={tmp_path / name.replace(' ', '-')}", *filled)
