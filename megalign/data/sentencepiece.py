@@ -32,7 +32,7 @@ def read_model(file: Path) -> PreTrainedTokenizerFast:
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
-    model = sentencepiece_model_pb2.ModelProto()
+    model: Any = getattr(sentencepiece_model_pb2, "ModelProto")()  # noqa: B009 (made when the module is imported)
     try:
         model.ParseFromString(file.read_bytes())
     except (DecodeError, OSError) as error:

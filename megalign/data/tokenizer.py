@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
@@ -46,7 +46,7 @@ class Tokenizer:
         # Some tokenizers list control tokens as ordinary added tokens, which are matched inside any text.
         special = [AddedToken(token, special=True, normalized=False) for token in self.control_tokens]
         self._plain.add_special_tokens(special)
-        self._control_ids = {self._plain.token_to_id(token) for token in self.control_tokens} - {hf.unk_token_id}
+        self._control_ids = {self._plain.token_to_id(token) for token in self.control_tokens} - {cast("int | None", hf.unk_token_id)}
         self._spelled = re.compile("|".join(map(re.escape, sorted(self.control_tokens, key=lambda t: -len(t)))) or r"(?!)")
         inside, self.prefix_after_control = without_prefix_space(json.loads(self._plain.to_str()))
         self._inside = tokenizers.Tokenizer.from_str(json.dumps(inside))
@@ -208,7 +208,8 @@ def add_tags(hf: PreTrainedTokenizerFast, tags: Sequence[str]) -> None:
 
     They are part of what a model writes, unlike control tokens, which only a template writes.
     """
-    hf.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in tags if hf.convert_tokens_to_ids(tag) in (None, hf.unk_token_id)])
+    new: Any = [AddedToken(tag, special=False, normalized=False) for tag in tags if hf.convert_tokens_to_ids(tag) in (None, hf.unk_token_id)]
+    hf.add_tokens(new)
 
 
 def without_prefix_space(backend: dict[str, Any]) -> tuple[dict[str, Any], bool]:
