@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -207,3 +208,32 @@ def test_quiet_prints_nothing_and_the_null_logger_writes_nothing(tmp_path, capsy
         silent.event(1, "stop", "s")
     assert capsys.readouterr() == ("", "")
     assert len(lines(tmp_path)) == 2
+
+
+def test_lines_that_a_full_disk_refused_are_written_once_it_takes_them(tmp_path):
+    """A short write, then none, then all: the record is whole and in order."""
+    logger = quiet(tmp_path)
+    real: Any = logger._file
+
+    class Full:
+        closed = False
+        room = 10
+
+        def write(self, content):
+            if self.room == 0:
+                raise OSError(28, "No space left on device")
+            taken, self.room = real.write(content[: self.room]), 0
+            return taken
+
+        def close(self):
+            real.close()
+
+    full: Any = Full()
+    logger._file = full
+    for step in (1, 2, 3):
+        logger.train(step, loss=float(step))
+    assert (tmp_path / "metrics.jsonl").stat().st_size == 10
+    full.room = 10_000
+    logger.train(4, loss=4.0)
+    logger.close()
+    assert [row["step"] for row in lines(tmp_path)] == [1, 2, 3, 4]
