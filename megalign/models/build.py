@@ -200,7 +200,7 @@ def _with_gradient(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tens
 
 def _scale_frequencies(chunk: DialogueModel, model: ModelConfig) -> None:
     """Llama 3.1's scaling with the factors of `model`; GPTModel passes only the first of the four on (gpt_model.py:155)."""
-    rope = chunk.rotary_pos_emb
+    rope: Any = chunk.rotary_pos_emb
     rope.inv_freq = rope._apply_scaling(
         rope.inv_freq, model.rotary_scaling_factor, model.low_freq_factor, model.high_freq_factor, model.original_max_position_embeddings
     )
