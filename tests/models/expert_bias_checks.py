@@ -68,8 +68,8 @@ def trained(layout: dict[str, Any], bf16: bool, tokens: int, steps: int) -> dict
     initialise([chunk], model, grid, seed=2)
     with torch.no_grad():
         if chunk.pre_process:
-            chunk.embedding.word_embeddings.weight.add_(0.5)
-    routers: list[Any] = [layer.mlp.router for layer in cast(Any, chunk.decoder.layers)]
+            cast(Any, chunk).embedding.word_embeddings.weight.add_(0.5)
+    routers: list[Any] = [layer.mlp.router for layer in cast(Any, chunk).decoder.layers]
     for router in routers:
         router.expert_bias.copy_(torch.tensor([0.1001, 0.1002, 0.1003, 0.1004]))
     wrapped: Any = wrap_data_parallel([Float16Module(chunk.config, chunk) if bf16 else chunk], chunk.config, use_distributed_optimizer=False)

@@ -175,6 +175,9 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "pp2 vpp2 dp2": ("qwen3", {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}),
     "tp2 pp2 ep2": ("mixtral", {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2}),
     "tp2 ep2 etp2": ("qwen3_moe", {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 2}),
+    "learned tp2 pp2": ("gpt2", {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
+    "latent tp2 pp2 ep2": ("deepseek_v3", {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2}),
+    "biased tp2": ("qwen2", {"tensor_model_parallel_size": 2}),
 }
 
 
