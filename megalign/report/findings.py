@@ -12,6 +12,7 @@ from megalign.report.run_folder import Row, RunRecord
 RISEN = 1.02  # the last eval loss, over the best
 STILL_FALLING = 0.02  # of the loss, over the last tenth of the run
 CLIPPED = 0.95
+WAITING = 0.05  # share of the ranks' time
 CROWDED, SPARSE = 0.05, 0.7  # share of rows cut; share of a pack that holds tokens
 
 
@@ -100,3 +101,11 @@ def _data(run: RunRecord) -> Iterator[str]:
     fill = train.get("fill_share")
     if fill is not None and 0 < fill < SPARSE and run.section("data").get("packing") is False:
         yield f"Rows are {percent(fill, 0)} full: data.packing=true would save most of the rest of the compute."
+    spread = train.get("distribution")
+    spread = spread if isinstance(spread, dict) else {}
+    idle = (spread.get("dealt") or {}).get("idle_share") or 0.0
+    if idle > WAITING and not spread.get("balanced"):
+        yield (
+            f"Data-parallel ranks wait {percent(idle, 0)} of their time for the one with the most tokens: "
+            "data.balance=true deals rows by length."
+        )

@@ -54,6 +54,11 @@ def train_twice(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
     return [train(first), train(second)]
 
 
+def train_all(recipes: list[dict[str, Any]]) -> list[str]:
+    """Several runs one after the other in the same processes."""
+    return [train(recipe) for recipe in recipes]
+
+
 def train_with_nan(recipe: dict[str, Any], step: int, microbatch: int) -> str:
     """The same with the loss of one microbatch of one step replaced by NaN."""
     from megalign import sft as module

@@ -132,6 +132,13 @@ def test_findings_name_overfitting_clipping_cutting_and_non_finite_losses(tmp_pa
     assert "still fell" not in text
 
 
+def test_findings_name_ranks_that_wait(tmp_path):
+    run = read_run(make_run(tmp_path / "run"))
+    for idle, balanced, expected in ((0.2, False, True), (0.2, True, False), (0.04, False, False)):
+        run.data["train"]["distribution"] = {"balanced": balanced, "dealt": {"padding_share": 0.0, "idle_share": idle}}
+        assert ("wait 20 % of their time" in "\n".join(findings(run))) == expected
+
+
 def test_findings_see_a_loss_that_still_falls_and_a_calm_one(tmp_path):
     falling = train(tmp_path, loss=[10 - 0.02 * i for i in range(400)])
     assert ["still fell" in line for line in findings(falling)] == [True]
