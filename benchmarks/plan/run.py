@@ -53,6 +53,11 @@ def main() -> None:
             sweeps[name] += measured([point for point in points if point.get("ranks", 1) == ranks], ranks, arguments.steps)
         for point in sweeps[name]:
             print(f"{name} {point['x']}: measured {point['measured']:.3f} s, predicted {point['predicted']:.3f} s", flush=True)
+        write(sweeps)  # a long benchmark that is stopped leaves what it has
+
+
+def write(sweeps: dict[str, list[dict[str, Any]]]) -> None:
+    """The numbers, the drawing and the page."""
     machine = {"cpu": cpu(), "cores": len(os.sched_getaffinity(0)), "load_average": os.getloadavg(), "python": platform.python_version()}
     versions = {name: version(name) for name in ("torch", "megatron-core")}
     result = {"command": "python benchmarks/plan/run.py", "machine": machine, "versions": versions, "model": BASE, "sweeps": sweeps}

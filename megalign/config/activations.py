@@ -51,15 +51,17 @@ def layer_tensors(recipe: Recipe, layout: Layout, number: int, device: str = "cu
     """What layer `number` (from 0) keeps when nothing is recomputed.
 
     device: on "cpu" torch's RMSNorm is made of simple operations, which keep the normed input too, and in FP32;
-    on "cuda" it is one kernel that keeps its input and a number a row.
+    on "cuda" it is one kernel that keeps its input and a number a row (LayerNorm is one everywhere). On "cpu" latent
+    attention, whose keys and values differ in size, has no fused kernel: it keeps FP32 operands and S scores a head and
+    token, S being the sequence length (less where documents are shorter).
     """
     model, tp, width = recipe.model, layout.tp, width_of(recipe)
     full = layout.tp if recipe.parallel.sequence_parallel else 1  # what full-width tensors are cut by
     hidden = model.hidden_size
     tensors = [
-        *_norm("input_layernorm", "layernorm", hidden / full, width, device),
-        *_attention(model, layout, width, device),
-        *_norm("pre_mlp_layernorm", "layernorm", hidden / full, width, device),
+        *_norm(model, "input_layernorm", hidden / full, width, device),
+        *_attention(recipe, layout, device),
+        *_norm(model, "pre_mlp_layernorm", hidden / full, width, device),
     ]
     if not has_experts(model, number):
         # Gated: [gate, up], silu(gate), and their product twice, as it left the multiplication and as fc2's input.
@@ -68,28 +70,40 @@ def layer_tensors(recipe: Recipe, layout: Layout, number: int, device: str = "cu
     return [*tensors, *_experts(model, layout, full, width)]
 
 
-def _norm(name: str, part: str, size: float, width: int, device: str, rows: float = 1.0) -> list[Kept]:
-    """The input, the output (kept as the next matmul's input), and on the CPU the normed input in FP32."""
-    inside = width * size if device == "cuda" else 2 * FP32 * size
-    return [Kept(f"{name} inside", part, inside + FP32 * rows), Kept(f"{name} output", part, width * size)]
+def _inside(model: ModelConfig, width: int, device: str) -> int:
+    """Bytes an element that a norm keeps besides its output: its input, on the CPU the normed input too, in FP32."""
+    fused = device == "cuda" or getattr(model, "normalization", "RMSNorm") == "LayerNorm"
+    return width if fused else 2 * FP32
 
 
-def _attention(model: ModelConfig, layout: Layout, width: int, device: str) -> list[Kept]:
+def _norm(model: ModelConfig, name: str, size: float, width: int, device: str, part: str = "layernorm") -> list[Kept]:
+    """What is inside, a number a row, and the output (kept as the next matmul's input)."""
+    return [Kept(f"{name} inside", part, _inside(model, width, device) * size + FP32), Kept(f"{name} output", part, width * size)]
+
+
+def _attention(recipe: Recipe, layout: Layout, device: str) -> list[Kept]:
     """Queries, repeated keys and values, output; cos and sin of the positions, for queries and for keys."""
+    model, width = recipe.model, width_of(recipe)
     heads, groups, key, value = head_sizes(model)
     heads, groups = heads / layout.tp, max(1.0, groups / layout.tp)
+    latent, rotary = bool(getattr(model, "multi_latent_attention", False)), float(key)
+    unfused = latent and device == "cpu"
+    inner = FP32 if unfused else width
     tensors = [
-        Kept("queries", "core_attn", width * heads * key),
-        Kept("keys and values, repeated", "core_attn", width * heads * (key + value) * layout.cp),
-        Kept("softmax statistics", "core_attn", FP32 * heads),
-        Kept("attention output", "core_attn", width * heads * value),
+        Kept("queries", "core_attn", inner * heads * key),
+        Kept("keys and values, repeated", "core_attn", inner * heads * (key + value) * layout.cp),
+        Kept("softmax statistics", "core_attn", FP32 * heads * (recipe.data.sequence_length if unfused else 1)),
+        Kept("attention output", "core_attn", 0 if unfused else width * heads * value),
         Kept("output projection's input", "", width * heads * value),
-        Kept("rotary cos and sin", "", 4 * width * key),
     ]
-    if model.qk_layernorm:
-        rows = heads + groups
-        inside = 2 * FP32 if device == "cpu" and width != FP32 else (width if device == "cuda" else 2 * FP32)
-        tensors.append(Kept("query and key norms", "", rows * (key * inside + FP32)))
+    if latent:
+        rotary = getattr(model, "qk_pos_emb_head_dim", 0)
+        tensors += _norm(model, "queries' latent", getattr(model, "q_lora_rank", None) or 0, width, device, "")
+        tensors += _norm(model, "keys' and values' latent", getattr(model, "kv_lora_rank", 0), width, device, "")
+    elif model.qk_layernorm:
+        tensors.append(Kept("query and key norms", "", (heads + groups) * (key * _inside(model, width, device) + FP32)))
+    if model.position_embedding_type == "rope":
+        tensors.append(Kept("rotary cos and sin", "", 4 * width * rotary))
     return tensors
 
 
@@ -134,8 +148,7 @@ def head_bytes(recipe: Recipe, layout: Layout, rows: int, tokens: int, scored: f
     width, hidden = width_of(recipe), recipe.model.hidden_size
     full = layout.tp if recipe.parallel.sequence_parallel else 1
     count = int(tokens * scored)
-    inside = width if device == "cuda" else 2 * FP32
-    norm = tokens * hidden / full * inside
+    norm = tokens * hidden / full * _inside(recipe.model, width, device)
     logits = count * rows // layout.tp
     if logits > HEAD_KEPT:
         return int(norm + count * hidden * width + min(count, HEAD_CHUNK) * rows // layout.tp * (FP32 + width))

@@ -182,3 +182,19 @@ def sweep(cases: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]) ->
         get_moe_layer_wise_logging_tracker().clear()  # it is as long as the last model had layers
         found.append(gradients(*case))
     return found
+
+
+def weights_of_checkpoint(model: dict[str, Any], layout: dict[str, Any], options: dict[str, Any], folder: Path, load: Path | None) -> dict[str, Any]:
+    """Step and save, or load what another layout saved: {"path": checkpoint, "weights": full weights}, and the next loss."""
+    from megalign.models.weights import stream_full
+    from megalign.parallel import checkpoint, saving
+
+    run = Run(model, layout, distributed=True, options=options)
+    if load is None:
+        run.step()
+        load = saving.save(folder, 1, run.chunks, run.optimizer, {"step": 1}, run.grid)
+    else:
+        checkpoint.load(load, run.chunks, run.optimizer, run.grid)
+    weights = {name: full.clone() for name, full in stream_full(run.chunks, run.grid)}
+    run.step()
+    return {"path": load, "weights": weights, "loss": run.backward()}

@@ -7,6 +7,7 @@ three gradients are added in another order: P13 holds there (measured: 0.03 of i
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import layout_checks
@@ -127,3 +128,15 @@ def test_uneven_stages_equal_one_process(world: int):
         assert mine["losses"][0] == pytest.approx(theirs["losses"][0], rel=1e-6), cell
         ratio, name = worst_gradient(mine, theirs)
         assert ratio <= 1, f"{cell} {name}: {ratio:.1f} times the tolerance"
+
+
+def test_a_checkpoint_of_uneven_stages_opens_elsewhere(tmp_path: Path):
+    """Saved by stages of 3 and 2 layers, opened by one rank and by stages of 1 and 4: weights, and the loss after another step."""
+    model = {**MOE, "num_layers": 5}
+    options = {"num_layers_in_first_pipeline_stage": 3}
+    saved = run_ranks(layout_checks.weights_of_checkpoint, 2, model, PP2, options, tmp_path, None)[0]
+    for world, layout, cut in ((1, {}, {}), (2, PP2, {"pipeline_model_parallel_layout": "Et|ttttL"})):
+        opened = run_ranks(layout_checks.weights_of_checkpoint, world, model, layout, cut, tmp_path, saved["path"])[0]
+        assert opened["loss"] == pytest.approx(saved["loss"], rel=1e-5)
+        for name, weight in saved["weights"].items():
+            assert torch.equal(opened["weights"][name], weight), name

@@ -43,34 +43,34 @@ class _Saved:
         self.tensor = tensor
 
 
-def rows(recipe: Recipe, count: int, vocabulary: int) -> list[Batch]:
-    """Full rows of two documents, every token scored but the first of a document."""
+def rows(recipe: Recipe, count: int, vocabulary: int, documents: int = 2) -> list[Batch]:
+    """Full rows of equal documents, every token scored but the first of a document."""
     numbers = np.random.default_rng(0)
     length = recipe.data.sequence_length
     multiple = 2 * recipe.parallel.context_parallel_size if recipe.parallel.context_parallel_size > 1 else 1
     found = []
 
     def document() -> Example:
-        return Example(numbers.integers(0, vocabulary, length // 2).astype(np.int32), np.arange(length // 2) > 0)
+        return Example(numbers.integers(0, vocabulary, length // documents).astype(np.int32), np.arange(length // documents) > 0)
 
     for _ in range(count):
-        packs = [[document(), document()] for _ in range(recipe.train.micro_batch_size)]
+        packs = [[document() for _ in range(documents)] for _ in range(recipe.train.micro_batch_size)]
         found.append(collate(packs, sequence_length=length, pad_id=0, document_multiple=multiple))
     return found
 
 
-def measure(cases: list[tuple[dict[str, Any], int]]) -> list[dict[str, int]]:
+def measure(cases: list[tuple[dict[str, Any], int]], documents: int = 2) -> list[dict[str, int]]:
     """One step of each (recipe, vocabulary) on this world: bytes by part on this rank."""
     from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 
     found = []
     for given, vocabulary in cases:
         get_moe_layer_wise_logging_tracker().clear()
-        found.append(_measure(Recipe.model_validate(given), vocabulary))
+        found.append(_measure(Recipe.model_validate(given), vocabulary, documents))
     return found
 
 
-def _measure(recipe: Recipe, vocabulary: int) -> dict[str, int]:
+def _measure(recipe: Recipe, vocabulary: int, documents: int) -> dict[str, int]:
     import torch.distributed as dist
 
     from megalign.config.layout import layout_of
@@ -106,7 +106,7 @@ def _measure(recipe: Recipe, vocabulary: int) -> dict[str, int]:
     vocab._local_softmax = logits
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
-            engine.train_step(rows(recipe, layout.microbatches, vocabulary), token_loss, 1e-4, 1)
+            engine.train_step(rows(recipe, layout.microbatches, vocabulary, documents), token_loss, 1e-4, 1)
     finally:
         vocab._local_softmax = local_softmax
     destroy_grid()

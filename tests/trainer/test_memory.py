@@ -18,6 +18,14 @@ MOE = {
     "moe_aux_loss_coeff": 0.01,
 }  # fmt: skip
 UNIFORM = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+LATENT = {
+    **DENSE, "num_query_groups": None, "multi_latent_attention": True, "q_lora_rank": 48, "kv_lora_rank": 40, "qk_head_dim": 24,
+    "qk_pos_emb_head_dim": 8, "v_head_dim": 20,
+}  # fmt: skip
+GPT2 = {
+    **DENSE, "num_query_groups": 4, "normalization": "LayerNorm", "activation_func": "gelu_tanh", "gated_linear_unit": False,
+    "add_bias_linear": True, "position_embedding_type": "learned_absolute", "share_embeddings_and_output_weights": True,
+}  # fmt: skip
 PARTS = ("weights", "gradients", "masters", "moments", "activations")
 
 
@@ -61,6 +69,16 @@ CASES = {
         case({**MOE, "num_layers": 5}, {"tp": 2, "pp": 2, "sp": True, "ep": 2, "num_layers_in_first_pipeline_stage": 3}),
     ],
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("model", [LATENT, GPT2], ids=["latent attention", "GPT-2"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_activations_of_other_families(model: dict[str, Any], precision: str):
+    """One document a row: the CPU's latent attention keeps scores over the document."""
+    given = case(model, {}, precision=precision)
+    (found,) = run_ranks(measure, 1, [(given, VOCABULARY)], 1)[0]
+    (planned,) = memory_per_rank(Recipe.model_validate(given), VOCABULARY, 1, device="cpu")
+    assert planned["activations"] == pytest.approx(found["activations"], rel=0.1)
 
 
 @pytest.mark.parametrize("world", CASES)
