@@ -17,7 +17,17 @@ from itertools import islice
 import numpy as np
 
 from megalign.data.rendering import NotPrefixStable, Segment, render
-from megalign.data.rows import BadRow, Conversation, DataError, Example, Message, Row, TextRow, TooLong, Unusable
+from megalign.data.rows import (
+    BadRow,
+    Conversation,
+    DataError,
+    Example,
+    Message,
+    Row,
+    TextRow,
+    TooLong,
+    Unusable,
+)
 from megalign.data.templates import Template, get_template
 from megalign.data.tokenizer import Tokenizer
 
