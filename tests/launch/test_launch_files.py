@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import subprocess
 import sys
@@ -53,11 +52,7 @@ def documents(manifest: Path) -> list[dict[str, Any]]:
 
 def validate(document: dict[str, Any]) -> None:
     """Against Kubernetes' own schema, unknown fields refused."""
-    if importlib.util.find_spec("kubernetes_validate") is None:
-        pytest.skip("kubernetes-validate is not installed (pip install -e '.[test]' brings it)")
-    import kubernetes_validate
-
-    kubernetes_validate.validate(document, KUBERNETES, strict=True)
+    pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed (pip install -e '.[test]' brings it)").validate(document, KUBERNETES, strict=True)
 
 
 @pytest.mark.parametrize("manifest", MANIFESTS, ids=lambda path: path.name)
