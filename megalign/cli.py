@@ -156,6 +156,25 @@ def average(
 
 
 @app.command()
+def doctor(
+    folder: Annotated[Path, typer.Argument(help="Where runs will be written; on a cluster, a folder all nodes share.")] = Path("."),
+    ranks: Annotated[int, typer.Option(min=1, help="Local ranks to start; not used inside torchrun, srun or mpirun.")] = 2,
+    min_free_gb: Annotated[float, typer.Option(help="Less free space than this is an error.")] = 5.0,
+) -> None:
+    """Is this machine or cluster fit for a run? A table with verdicts and fixes; exit code 1 if something is broken."""
+    from megalign.doctor import examine_alone, show
+    from megalign.doctor.findings import worst
+    from megalign.doctor.world import examine_as_rank
+    from megalign.parallel.init import in_distributed_launch
+
+    if in_distributed_launch():
+        raise SystemExit(examine_as_rank(folder, min_free_gb=min_free_gb))
+    findings = examine_alone(folder, ranks, min_free_gb=min_free_gb)
+    show(findings)
+    raise SystemExit(int(worst(findings) == "broken"))
+
+
+@app.command()
 def report(run: Annotated[Path, typer.Argument(help="A run folder, finished or not.", show_default=False)]) -> None:
     """Build report.html of a run again."""
     from megalign.report.build import build_report

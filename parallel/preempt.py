@@ -47,10 +47,9 @@ class StopSignals:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if isinstance(error, Preempted):
-            return  # launchers signal those that are still leaving: let them leave
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            # Launchers signal those that are still leaving, into the last moments of the interpreter: let them leave.
+            signal.signal(number, signal.SIG_IGN if isinstance(error, Preempted) else handler)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         # Repeated signals change nothing: SLURM sends SIGTERM at the time limit, perhaps in the middle of our save.

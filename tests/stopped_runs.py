@@ -69,8 +69,8 @@ def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
 
 
 def is_rank(process: psutil.Process) -> bool:
-    command = process.cmdline()
-    return "megalign" in command and "python" in command[0] and "torch.distributed.run" not in command and "torchrun" not in " ".join(command)
+    command = [word for word in process.cmdline() if word != "-u"]
+    return command[1:3] == ["-m", "megalign"]
 
 
 def end(process: subprocess.Popen[str], family: list[psutil.Process]) -> tuple[int, str]:

@@ -17,7 +17,7 @@ LAYERS = [
     ["megalign.config", "megalign.batch", "megalign.models.presets"],
     ["megalign.losses"],
     ["megalign.data"],
-    ["megalign.models", "megalign.rollout", "megalign.report", "megalign.chat", "megalign.dry_run"],
+    ["megalign.models", "megalign.rollout", "megalign.report", "megalign.chat", "megalign.dry_run", "megalign.doctor"],
     ["megalign.trainer"],
     ["megalign.sft", "megalign.serving", "megalign.average", "megalign.planner"],
     ["megalign.tools"],

@@ -220,10 +220,8 @@ def fit(
             saved_at = progress.step
         if preempted:
             checkpoints.wait()
-            cause = stop.received or "a stop signal on another rank"
-            log.event(progress.step, "stop", f"{cause}: the step is saved; the same command continues from there")
             any_rank(False, grid)  # nobody leaves before the logging rank is done with the files
-            raise Preempted(progress.step, cause)
+            raise Preempted(progress.step, stop.received or "a stop signal on another rank")
         if out_of_time:
             log.event(progress.step, "stop", f"train.max_minutes = {config.max_minutes:g} is over")
             break
