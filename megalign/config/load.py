@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,7 @@ def _no_bool_or_infinite_numbers(data: dict[str, Any], prefix: str = "") -> Iter
         field = known_keys().get(dotted)
         if isinstance(value, dict):
             yield from _no_bool_or_infinite_numbers(value, f"{dotted}.")
-        elif field and isinstance(value, bool) and field.annotation is not bool:
+        elif field and isinstance(value, bool) and bool not in (field.annotation, *typing.get_args(field.annotation)):
             yield Problem(dotted, "takes no true or false", _fix(dotted, value), value)
         elif field and isinstance(value, float) and not math.isfinite(value):
             yield Problem(dotted, "must be a finite number", _fix(dotted, value), value)

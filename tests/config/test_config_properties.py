@@ -83,6 +83,7 @@ def values_of(field: FieldInfo) -> st.SearchStrategy[Any]:
     bounds: list[Any] = [limit.ge for limit in field.metadata if isinstance(limit, annotated_types.Ge)]
     least = max([*bounds, 0])
     above: list[Any] = [limit.gt for limit in field.metadata if isinstance(limit, annotated_types.Gt)]
+    shortest = max([limit.min_length for limit in field.metadata if isinstance(limit, annotated_types.MinLen)] + [1])
     below: list[Any] = [limit.lt for limit in field.metadata if isinstance(limit, annotated_types.Lt)]
     most: list[Any] = [limit.le for limit in field.metadata if isinstance(limit, annotated_types.Le)]
 
@@ -106,7 +107,7 @@ def values_of(field: FieldInfo) -> st.SearchStrategy[Any]:
             float: st.floats(
                 max(above + [float(least)]), min([*below, *most, 16.0]), exclude_min=bool(above), exclude_max=bool(below), allow_subnormal=False
             ),
-            str: st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Zl", "Zp"]), min_size=1, max_size=6),
+            str: st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Zl", "Zp"]), min_size=shortest, max_size=6),
             type(None): st.none(),
         }[kind]
 
@@ -116,7 +117,8 @@ def values_of(field: FieldInfo) -> st.SearchStrategy[Any]:
 def recipes(section: type[Section] = Recipe) -> st.SearchStrategy[Any]:
     """Sections with any keys given, the others left at their defaults; as plain data."""
     fields = {name: values_of(field) for name, field in section.model_fields.items() if name != "preset"}
-    return st.fixed_dictionaries({}, optional=fields).map(lambda given: {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()})
+    required = {name: fields.pop(name) for name, field in section.model_fields.items() if field.is_required()}
+    return st.fixed_dictionaries(required, optional=fields).map(lambda given: {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()})
 
 
 def stays(recipe: Recipe, file: Path) -> None:

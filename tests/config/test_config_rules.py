@@ -191,6 +191,7 @@ CASES = [
     ("schedule", "optimizer.lr_wsd_decay_steps=10", 1, "optimizer.lr_wsd_decay_steps", "lr_decay_style cosine has no decay phase", "optimizer.lr_decay_style=wsd"),
     ("schedule", "max_steps=100 optimizer.lr_decay_style=wsd optimizer.lr_warmup_steps=10 optimizer.lr_wsd_decay_steps=91", 1, "optimizer.lr_wsd_decay_steps", "with lr_warmup_steps(10) it is more than train.max_steps(100)", "optimizer.lr_wsd_decay_steps=90"),
     ("evaluation", "train.eval_prompts=3 data.validation_rows=0", 1, "train.eval_prompts", "there are no validation rows", "data.validation=v.jsonl"),
+    ("profile", "logging.profile_steps=[5,3]", 1, "logging.profile_steps", "1 <= first <= last", "logging.profile_steps=[3,5]"),
     ("evaluation", "train.early_stop_patience=2", 1, "train.early_stop_patience", "give train.eval_interval", "train.eval_interval=5"),
     ("evaluation", "train.exact_match=true data.validation_rows=0", 1, "train.exact_match", "there are no validation rows", "data.validation=v.jsonl"),
     ("sources", 'data.mixture=[{"name":"a","path":"x","weight":0}]', 1, "data.mixture", "no source has a weight above 0", 'data.mixture=[{"name":"a","path":"x","weight":1}]'),

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.oracle
 
 
 def test_folders_that_datasets_saves(tmp_path):
-    from datasets import Dataset, DatasetDict
+    from datasets import Dataset, DatasetDict  # pyright: ignore[reportMissingImports] (of the oracle extra)
 
     rows = [{"messages": [{"role": "user", "content": f"Hi {n}"}, {"role": "assistant", "content": "Yo"}]} for n in range(50)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
