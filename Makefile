@@ -33,7 +33,7 @@ test: $(READY) lint
 	$(BIN)/python -m pytest -m "not soak and not gpu and not oracle"
 
 test-gpu: $(READY)
-	$(BIN)/python -m pytest -m gpu
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu
 
 oracle: $(VENV)/.oracle
 	$(BIN)/python -m pytest -m oracle

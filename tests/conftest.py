@@ -10,6 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # `from ranks import run_ranks`
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined; make test-gpu sets 0
 
 
 @pytest.fixture(scope="session")

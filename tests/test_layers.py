@@ -33,7 +33,8 @@ FORBIDDEN = {
 
 def modules() -> Iterator[tuple[str, list[str]]]:
     """(module, what it imports), through the symbolic links, nested imports included."""
-    for path in sorted(PACKAGE.glob("**/*.py")) + sorted((PACKAGE / "parallel").glob("*.py")):
+    linked = [path for folder in ("kernels", "parallel") for path in sorted((PACKAGE / folder).glob("**/*.py"))]
+    for path in sorted(PACKAGE.glob("**/*.py")) + linked:
         name = ".".join(["megalign", *path.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__")
         found = []
         for node in ast.walk(ast.parse(path.read_text())):
