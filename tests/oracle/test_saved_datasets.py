@@ -20,7 +20,7 @@ def test_folders_that_datasets_saves(tmp_path):
     wanted = [row.messages for row in read_rows(tmp_path / "a.jsonl") if isinstance(row, Conversation)]
     saved = Dataset.from_json(str(tmp_path / "a.jsonl"), cache_dir=str(tmp_path / "cache"))
     saved.save_to_disk(str(tmp_path / "plain"), num_shards=3)
-    DatasetDict(train=saved, test=saved).save_to_disk(str(tmp_path / "splits"))
+    DatasetDict({"train": saved, "test": saved}).save_to_disk(str(tmp_path / "splits"))
     for folder in ("plain", "splits", "splits/test"):
         assert detect(tmp_path / folder) == "messages"
         assert [row.messages for row in read_rows(tmp_path / folder) if isinstance(row, Conversation)] == wanted
