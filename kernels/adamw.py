@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megalign.kernels.reference import quantise_blocks_both
 from megalign.kernels.rounding import Place, noise_key, philox, stochastic_bf16
 
 CHUNK = 2**16  # elements updated at a time on CPU: what stays in cache
@@ -108,6 +109,8 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
             scale = torch.as_tensor(gradient_scale, dtype=torch.float32, device=parameter.device)
             update = self._backend(parameter)
             update(parameter, gradient.contiguous(), state, step, scale, getattr(parameter, "place", Place()))
+            if hasattr(parameter, "fp8_weight"):
+                parameter.fp8_weight.written(parameter)  # pyright: ignore[reportAttributeAccessIssue]
         return loss
 
     def master(self, parameter: Tensor) -> Tensor:
@@ -181,6 +184,8 @@ def update_torch(parameter: Tensor, gradient: Tensor, state: dict[str, Any], ste
             kept.copy_(stochastic_bf16(new, bits) if bits is not None and kept.dtype == torch.bfloat16 else new)
         if p.dtype != torch.float32:  # else the parameter is its own master
             p.copy_(w)
+    if hasattr(parameter, "fp8_weight"):
+        parameter.fp8_weight.replace(parameter, quantise_blocks_both(parameter.detach()))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _root(x: Tensor) -> Tensor:

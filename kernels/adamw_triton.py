@@ -30,8 +30,8 @@ _WEYL = tl.constexpr(0x9E3779B9)
 
 
 @triton.jit
-def philox_low(place, step, key):
-    """First word of Philox-2x32-7 of counter (low half of `place`, step) under key + (high half of `place`)."""
+def philox(place, step, key):
+    """Both words of Philox-2x32-7 of counter (low half of `place`, step) under key + (high half of `place`)."""
     left = place.to(tl.uint32)
     right = tl.zeros_like(left) + step.to(tl.uint32)
     keys = (place >> 32).to(tl.uint32) + key.to(tl.uint32)
@@ -74,7 +74,7 @@ def update(
     g = tl.load(gradient_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * scale
     w, m, v = new_moments_and_weight(w, m, v, g, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, size, root_correction)
     if STOCHASTIC:
-        noise_m, noise_v = philox_low(place, number, key)
+        noise_m, noise_v = philox(place, number, key)
         if m_ptr.dtype.element_ty == tl.bfloat16:
             m = stochastic(m, noise_m)
         if v_ptr.dtype.element_ty == tl.bfloat16:
@@ -166,15 +166,15 @@ def adamw_fp8(
     tl.store(qt_scale_ptr + (group * tiles_k + tile_k) * tiles_n + tile_n, q_scale)
 
 
-def update_triton(parameter: Tensor, gradient: Tensor, state: dict[str, Any], step: Step, scale: Tensor, place: Place, fp8: Any = None) -> None:
-    """One step of one parameter, in place. fp8: (W, W^T) as `quantise_blocks_both` gives them, overwritten."""
+def update_triton(parameter: Tensor, gradient: Tensor, state: dict[str, Any], step: Step, scale: Tensor, place: Place) -> None:
+    """One step of one parameter, in place, and of its FP8 copy if it has one."""
     has_master = "master" in state
     tensors = (state["master"] if has_master else parameter, state["exp_avg"], state["exp_avg_sq"], gradient, parameter, scale)
     scalars = (
         step.beta1, 1 - step.beta1, step.beta2, 1 - step.beta2, step.eps, step.decay, step.size, step.root_correction, step.number, _signed(step.key),
     )  # fmt: skip
     stochastic = step.stochastic and torch.bfloat16 in (state["exp_avg"].dtype, state["exp_avg_sq"].dtype)
-    if fp8 is None:
+    if not hasattr(parameter, "fp8_weight"):
         n = parameter.numel()
         where = (n, place.offset, place.columns or 1, place.row_stride, place.start)
         adamw_flat[(triton.cdiv(n, BLOCK),)](
@@ -182,13 +182,13 @@ def update_triton(parameter: Tensor, gradient: Tensor, state: dict[str, Any], st
             HAS_MASTER=has_master, STOCHASTIC=stochastic, CONTIGUOUS=place.contiguous, BLOCK=BLOCK, num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip
         return
-    forward, transposed = fp8
+    forward, transposed = parameter.fp8_weight.to_overwrite(parameter)  # pyright: ignore[reportAttributeAccessIssue]
     *groups, rows, columns = parameter.shape
     grid = (triton.cdiv(rows, 128), triton.cdiv(columns, 128), groups[0] if groups else 1)
     adamw_fp8[grid](
         *tensors, forward.data, forward.scale, transposed.data, transposed.scale,
         rows, columns, place.offset, columns if place.contiguous else place.row_stride, *scalars,
-        HAS_MASTER=has_master, STOCHASTIC=stochastic, num_warps=8, enable_fp_fusion=False,
+        HAS_MASTER=has_master, STOCHASTIC=stochastic, num_warps=16, enable_fp_fusion=False,
     )  # fmt: skip
 
 
