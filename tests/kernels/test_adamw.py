@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -72,7 +73,7 @@ def test_a_small_update_moves_the_weight():
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_fp32_states_give_torchs_adamw(decay: float):
     """Same formula, other order of operations: 50 steps agree to FP32 rounding, against float64 as exactly as torch's own."""
-    settings = dict(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=decay)
+    settings: dict[str, Any] = dict(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=decay)
     ours = parameter(37, 53, dtype=FP32)
     theirs, exact = (torch.nn.Parameter(ours.detach().to(dtype, copy=True)) for dtype in (FP32, torch.float64))
     optimizers = [
@@ -164,6 +165,7 @@ def test_why_bf16_second_moments_are_not_rounded_to_nearest():
 def test_the_broken_combination_is_refused_with_the_way_out():
     with pytest.raises(ValueError, match=r"beta2 = 0.999 with BF16 second moments rounded to nearest.*set rounding='stochastic', second_moment=torch.float32, or beta2 <= .99"):
         MixedPrecisionAdamW([parameter(4)], rounding="nearest")
+    accepted: dict[str, Any]
     for accepted in (dict(rounding="stochastic"), dict(rounding="nearest", second_moment=FP32), dict(rounding="nearest", betas=(0.9, 0.99))):
         MixedPrecisionAdamW([parameter(4)], **accepted)
     later = MixedPrecisionAdamW([parameter(4)], rounding="nearest", betas=(0.9, 0.95))
