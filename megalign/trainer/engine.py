@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megalign.batch import Batch
 from megalign.config.schema import Recipe
-from megalign.losses import TokenLoss
+from megalign.losses import Loss
 from megalign.models.build import build_chunks, run_options
 from megalign.models.forward import scored_logprobs
 from megalign.models.freeze import freeze
@@ -38,7 +38,7 @@ from megalign.trainer.guard import TrainingStopped, describe_non_finite
 from megalign.trainer.phases import MegatronTimers, Phases
 
 # What the last stage returned for a microbatch -> its loss.
-LossFunction = Callable[[Tensor, Batch], TokenLoss]
+LossFunction = Callable[[Tensor, Batch], Loss]
 
 
 @dataclass(frozen=True)

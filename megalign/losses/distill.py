@@ -1,0 +1,71 @@
+"""Distillation: how far a student is from a teacher on N tokens. Equal models lose 0.
+
+# N tokens, V vocabulary, K most probable tokens kept of the teacher
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megalign.losses.loss import TokenLoss
+from megalign.losses.preference import log1mexp
+
+
+def sequence_distillation_loss(logprobs_N: Tensor, teacher_logprobs_N: Tensor) -> TokenLoss:
+    """log p_teacher - log p_student of the teacher's own tokens (arXiv:1606.07947).
+
+    One sample's estimate of KL(teacher || student), and the gradient of `cross_entropy_loss` on the teacher's answers.
+    """
+    return TokenLoss((teacher_logprobs_N.detach() - logprobs_N).sum(), logprobs_N.numel(), {})
+
+
+def forward_kl_loss(logits_NV: Tensor, teacher_logits_NV: Tensor, *, temperature: float = 1.0) -> TokenLoss:
+    """KL(teacher || student), both at `temperature` (arXiv:1503.02531, without its factor temperature^2)."""
+    student, teacher = _log_softmax(logits_NV, temperature), _log_softmax(teacher_logits_NV, temperature).detach()
+    return _tokens(_kl(teacher, student))
+
+
+def reverse_kl_loss(logits_NV: Tensor, teacher_logits_NV: Tensor, *, temperature: float = 1.0) -> TokenLoss:
+    """KL(student || teacher): the student may leave out what it cannot do (arXiv:2306.08543)."""
+    student, teacher = _log_softmax(logits_NV, temperature), _log_softmax(teacher_logits_NV, temperature).detach()
+    return _tokens(_kl(student, teacher))
+
+
+def jensen_shannon_loss(logits_NV: Tensor, teacher_logits_NV: Tensor, *, beta: float = 0.5, temperature: float = 1.0) -> TokenLoss:
+    """beta KL(teacher || m) + (1 - beta) KL(student || m), m = beta teacher + (1 - beta) student, 0 < beta < 1.
+
+    Generalised divergence of arXiv:2306.13649, eq. 1. In TRL's GKD beta 0 and 1 mean forward and reverse KL: here
+    those are functions of their own, and the formula would be 0.
+    """
+    if not 0 < beta < 1:
+        raise ValueError(f"beta is {beta}, outside (0, 1); for KL(teacher || student) take forward_kl_loss, for KL(student || teacher) reverse_kl_loss")
+    student, teacher = _log_softmax(logits_NV, temperature), _log_softmax(teacher_logits_NV, temperature).detach()
+    share = torch.tensor([1 - beta, beta], dtype=student.dtype, device=student.device).log()
+    mixture = torch.logaddexp(student + share[0], teacher + share[1])
+    return _tokens(beta * _kl(teacher, mixture) + (1 - beta) * _kl(student, mixture))
+
+
+def top_k_forward_kl_loss(logprobs_NK: Tensor, teacher_logprobs_NK: Tensor) -> TokenLoss:
+    """KL(teacher || student) over the teacher's K tokens and one bin for all others, for cached teachers.
+
+    Both: log-probabilities of the same K tokens, whose probabilities sum to less than 1. A lower bound of the KL over V.
+    """
+    teacher = teacher_logprobs_NK.detach()
+    rest, teacher_rest = (log1mexp(x.logsumexp(-1)) for x in (logprobs_NK, teacher))
+    losses = _kl(teacher, logprobs_NK) + teacher_rest.exp() * (teacher_rest - rest)
+    return _tokens(losses)
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) [N] of log-probabilities."""
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    """Finite, so that a padding row of the vocabulary, -inf in both models, counts 0 and has no gradient."""
+    return (logits if logits.dtype == torch.float64 else logits.float()).div(temperature).log_softmax(-1).clamp(min=-1e30)
+
+
+def _tokens(losses_N: Tensor) -> TokenLoss:
+    return TokenLoss(losses_N.sum(), losses_N.numel(), {})
