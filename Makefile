@@ -24,6 +24,7 @@ $(READY): pyproject.toml constraints-cpu.txt
 
 $(VENV)/.oracle: $(READY)
 	@$(INSTALL) -c constraints-cpu.txt -e '.[test,oracle]'
+	@$(INSTALL) --no-deps --upgrade --target $(VENV)/triton-3.6.0 triton==3.6.0 'numpy<2.4' # the Triton of GPU machines
 	@touch $@
 
 quickstart: $(READY)

@@ -52,14 +52,9 @@ def _to_e4m3(values: Tensor, scale: Tensor, factor: Tensor, power_of_two: bool) 
     return torch.where(scale.isnan(), scale, scaled).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
 
 
-def _check_input(x: Tensor, dims: tuple[int, ...]) -> None:
-    if x.dim() not in dims or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise Fp8Error(f"cannot quantise {x.dtype} {tuple(x.shape)}; give float32, bfloat16 or float16 with {' or '.join(map(str, dims))} dimensions")
-
-
 def quantise_rows(x: Tensor, *, power_of_two: bool = True) -> Fp8Tensor:
     """Activations x [M, K] in tiles of 1 x 128 along K. For x^T, hand in x.t(): tiles of 128 x 1 of x."""
-    _check_input(x, (2,))
+    check_input(x, (2,))
     rows, columns = x.shape
     tiles = pad(x.float(), (0, round_up(columns) - columns)).view(rows, -1, TILE)
     scale, factor = tile_scale(tiles.abs().amax(-1), power_of_two=power_of_two)
@@ -76,7 +71,7 @@ def quantise_rows_both(x: Tensor, *, power_of_two: bool = True) -> tuple[Fp8Tens
 
 def quantise_blocks(w: Tensor, *, power_of_two: bool = True) -> Fp8Tensor:
     """Weights w [N, K] or [G, N, K] in blocks of 128 x 128; the blocks at the edges are smaller."""
-    _check_input(w, (2, 3))
+    check_input(w, (2, 3))
     rows, columns = w.shape[-2:]
     padded = pad(w.float(), (0, round_up(columns) - columns, 0, round_up(rows) - rows))
     tiles = padded.view(*w.shape[:-2], round_up(rows) // TILE, TILE, -1, TILE)
@@ -178,6 +173,12 @@ def grouped_wgrad(
         part = [Fp8Tensor(t.data[:, first:last], t.scale[first // TILE : last // TILE], last - first, "rows") for t in (dy_t, x_t)]
         grads.append(_promoted(part[0], part[1].data, part[1].scale))
     return _accumulate(torch.stack(grads), out, dtype)
+
+
+def check_input(x: Tensor, dims: tuple[int, ...]) -> None:
+    """Raises Fp8Error unless x is float32, bfloat16 or float16 with one of `dims` dimensions."""
+    if x.dim() not in dims or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise Fp8Error(f"cannot quantise {x.dtype} {tuple(x.shape)}; give float32, bfloat16 or float16 with {' or '.join(map(str, dims))} dimensions")
 
 
 def check_matmul(x: Fp8Tensor, w: Fp8Tensor) -> None:

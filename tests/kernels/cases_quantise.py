@@ -1,0 +1,32 @@
+"""Compile-ahead cases of kernels/quantise.py."""
+
+from __future__ import annotations
+
+from ahead import Case
+
+from megalign.kernels.quantise import NO_TENSOR_WARPS
+
+MODULE = "megalign.kernels.quantise"
+ROWS = {
+    "row_ptr": "*fp8e4nv",
+    "row_scale_ptr": "*fp32",
+    "column_ptr": "*fp8e4nv",
+    "column_scale_ptr": "*fp32",
+    "M": "i32",
+    "K": "i32",
+    "x_stride": "i32",
+}
+BLOCKS = {"block_ptr": "*fp8e4nv", "block_scale_ptr": "*fp32", "transposed_ptr": "*fp8e4nv", "transposed_scale_ptr": "*fp32", "N": "i32", "K": "i32"}
+RETILE = {"x_ptr": "*fp8e4nv", "x_scale_ptr": "*fp32", "column_ptr": "*fp8e4nv", "column_scale_ptr": "*fp32", "M": "i32", "K": "i32"}
+
+CASES = [
+    *(
+        Case(f"quantise_rows {kind} columns={columns}", f"{MODULE}:quantise_rows_kernel", {"x_ptr": f"*{kind}", **ROWS}, {"ROWS": True, "COLUMNS": columns, "TILE": 128}, NO_TENSOR_WARPS)
+        for kind, columns in (("bf16", False), ("bf16", True), ("fp32", True))
+    ),
+    *(
+        Case(f"quantise_blocks {kind}", f"{MODULE}:quantise_blocks_kernel", {"w_ptr": f"*{kind}", **BLOCKS}, {"TRANSPOSED": True, "TILE": 128}, NO_TENSOR_WARPS)
+        for kind in ("bf16", "fp32")
+    ),
+    Case("retile", f"{MODULE}:retile_kernel", RETILE, {"TILE": 128}, NO_TENSOR_WARPS),
+]
