@@ -23,10 +23,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megalign.kernels.launch import launch
 from megalign.kernels.reference import check_input
 from megalign.kernels.tiles import TILE, Fp8Error, Fp8Tensor, ceil_tiles
 
-NO_TENSOR_WARPS = 8  # of every kernel here: 128 x 128 numbers in 256 threads
+WARPS = 8  # of every kernel here: 128 x 128 numbers in 256 threads
 
 
 @triton.jit
@@ -153,9 +154,8 @@ def _quantise_rows(x: Tensor, columns: bool) -> tuple[Fp8Tensor, Fp8Tensor | Non
     other = transposed or rows
     if x.numel():
         grid = (ceil_tiles(m), ceil_tiles(k))
-        quantise_rows_kernel[grid](
-            x, rows.data, rows.scale, other.data, other.scale, m, k, x.stride(0), ROWS=True, COLUMNS=columns, TILE=TILE, num_warps=NO_TENSOR_WARPS
-        )
+        outputs = (rows.data, rows.scale, other.data, other.scale)
+        launch(quantise_rows_kernel, grid, x, *outputs, m, k, x.stride(0), ROWS=True, COLUMNS=columns, TILE=TILE, num_warps=WARPS, device=x.device)
     return rows, transposed
 
 
@@ -180,9 +180,8 @@ def _quantise_blocks(w: Tensor, transposed: bool) -> tuple[Fp8Tensor, Fp8Tensor 
     other = Fp8Tensor.empty(k, n, "blocks", w.device, groups) if transposed else blocks
     if w.numel():
         grid = (ceil_tiles(n), ceil_tiles(k), groups or 1)
-        quantise_blocks_kernel[grid](
-            w, blocks.data, blocks.scale, other.data, other.scale, n, k, TRANSPOSED=transposed, TILE=TILE, num_warps=NO_TENSOR_WARPS
-        )
+        outputs = (blocks.data, blocks.scale, other.data, other.scale)
+        launch(quantise_blocks_kernel, grid, w, *outputs, n, k, TRANSPOSED=transposed, TILE=TILE, num_warps=WARPS, device=w.device)
     return blocks, other if transposed else None
 
 
@@ -193,5 +192,6 @@ def retile(x: Fp8Tensor) -> Fp8Tensor:
     m, k = x.rows, x.columns
     columns = Fp8Tensor.empty(k, m, "rows", x.device)
     if m and k:
-        retile_kernel[(ceil_tiles(m), ceil_tiles(k))](x.data, x.scale, columns.data, columns.scale, m, k, TILE=TILE, num_warps=NO_TENSOR_WARPS)
+        grid = (ceil_tiles(m), ceil_tiles(k))
+        launch(retile_kernel, grid, x.data, x.scale, columns.data, columns.scale, m, k, TILE=TILE, num_warps=WARPS, device=x.device)
     return columns

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ahead import Case
 
-from megalign.kernels.quantise import NO_TENSOR_WARPS
+from megalign.kernels.quantise import WARPS
 
 MODULE = "megalign.kernels.quantise"
 ROWS = {
@@ -21,12 +21,12 @@ RETILE = {"x_ptr": "*fp8e4nv", "x_scale_ptr": "*fp32", "column_ptr": "*fp8e4nv",
 
 CASES = [
     *(
-        Case(f"quantise_rows {kind} columns={columns}", f"{MODULE}:quantise_rows_kernel", {"x_ptr": f"*{kind}", **ROWS}, {"ROWS": True, "COLUMNS": columns, "TILE": 128}, NO_TENSOR_WARPS)
+        Case(f"quantise_rows {kind} columns={columns}", f"{MODULE}:quantise_rows_kernel", {"x_ptr": f"*{kind}", **ROWS}, {"ROWS": True, "COLUMNS": columns, "TILE": 128}, WARPS)
         for kind, columns in (("bf16", False), ("bf16", True), ("fp32", True))
     ),
     *(
-        Case(f"quantise_blocks {kind}", f"{MODULE}:quantise_blocks_kernel", {"w_ptr": f"*{kind}", **BLOCKS}, {"TRANSPOSED": True, "TILE": 128}, NO_TENSOR_WARPS)
+        Case(f"quantise_blocks {kind}", f"{MODULE}:quantise_blocks_kernel", {"w_ptr": f"*{kind}", **BLOCKS}, {"TRANSPOSED": True, "TILE": 128}, WARPS)
         for kind in ("bf16", "fp32")
     ),
-    Case("retile", f"{MODULE}:retile_kernel", RETILE, {"TILE": 128}, NO_TENSOR_WARPS),
+    Case("retile", f"{MODULE}:retile_kernel", RETILE, {"TILE": 128}, WARPS),
 ]

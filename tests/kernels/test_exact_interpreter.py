@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
+from megalign.kernels.launch import launch
+
 
 @triton.jit
 def convert(x_ptr, y_ptr, n: tl.constexpr):
@@ -27,7 +29,7 @@ def dot(a_ptr, b_ptr, c_ptr, n: tl.constexpr):
 
 def through_kernel(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     y = torch.empty(x.shape, dtype=dtype)
-    convert[(1,)](x, y, n=x.numel())
+    launch(convert, (1,), x, y, n=x.numel(), device=x.device)
     return y
 
 
@@ -88,7 +90,7 @@ def test_to_bf16_and_back():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.float16, torch.float32])
 def test_dot_multiplies_numbers(dtype: torch.dtype):
     a, b, c = torch.randn(64, 64).to(dtype), torch.randn(64, 64).to(dtype), torch.empty(64, 64)
-    dot[(1,)](a, b, c, n=64)
+    launch(dot, (1,), a, b, c, n=64, device=a.device)
     exact = a.double() @ b.double()
     assert (c - exact).norm() / exact.norm() < 1e-6
 
@@ -101,7 +103,7 @@ def test_the_stock_interpreter_is_wrong(monkeypatch: pytest.MonkeyPatch):
     assert (~same_bits(through_kernel(x, torch.bfloat16), x.bfloat16())).float().mean() > 0.2
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", exact_interpreter.stock_create_dot)
     a, c = torch.eye(16).bfloat16(), torch.empty(16, 16)
-    dot[(1,)](a, a, c, n=16)
+    launch(dot, (1,), a, a, c, n=16, device=a.device)
     assert not np.allclose(c.numpy(), np.eye(16))
 
 
