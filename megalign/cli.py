@@ -315,7 +315,7 @@ def _run_ranks(ranks: int, folder: Path, work: Callable[[Any], None]) -> None:
 
 def _is_expected(error: BaseException) -> bool:
     """True if the message is all a user needs: no traceback."""
-    names = {"ConfigError", "DataError", "RunError", "CheckpointError", "TrainingStopped", "TrackerError", "ConversionError"}
+    names = {"ConfigError", "DataError", "RunError", "CheckpointError", "TrainingStopped", "TrackerError", "ConversionError", "PlacementError"}
     files = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
     full_or_broken = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
     return full_or_broken or isinstance(error, files) or any(kind.__name__ in names for kind in type(error).__mro__)

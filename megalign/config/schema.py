@@ -108,6 +108,10 @@ class ParallelConfig(Section):
     use_distributed_optimizer: bool = Field(default=True, description="shard FP32 masters and Adam moments over data-parallel ranks")
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
+    reduce_in_backward: bool = Field(default=True, description="gradients partial over tensor ranks are added up by hooks in backward; false: after it, by megatron")
+    unsynchronised: list[Literal["position_embeddings", "expert_parallel"]] = Field(
+        default=[], description="FOR ABLATIONS: copied parameters whose gradients are not reduced over the expert-parallel group"
+    )
 
 
 class TokenizerConfig(Section):

@@ -19,7 +19,7 @@ from megalign.models.build import build_chunks, run_options
 from megalign.models.forward import scored_logprobs
 from megalign.models.freeze import freeze
 from megalign.models.pretrained import load_pretrained
-from megalign.models.weights import initialise
+from megalign.models.weights import initialise, named_parameters
 from megalign.parallel import checkpoint
 from megalign.parallel.grid import Grid
 from megalign.parallel.init import device
@@ -31,8 +31,11 @@ from megalign.parallel.optimizer import (
     wrap_data_parallel,
     zero_gradients,
 )
+from megalign.parallel.placement import place
+from megalign.parallel.reduction import Reduction, attach
 from megalign.parallel.saving import Save
 from megalign.parallel.schedule import forward_backward, from_last_stage, rescale_for_megatron, sum_over
+from megalign.parallel.unsynchronised import leave_out
 from megalign.trainer.experts import ExpertWatch
 from megalign.trainer.guard import TrainingStopped, describe_non_finite
 from megalign.trainer.phases import MegatronTimers, Phases
@@ -74,6 +77,8 @@ class Engine:
             initialise(models, recipe.model, grid, seed)
         if train:
             freeze(models, grid, recipe.train.freeze)
+            named: Any = [(name, parameter) for name, parameter, _ in named_parameters(models, grid)]
+            self.placements = place(models, named, grid, hooks=parallel.reduce_in_backward)
         self.config: Any = models[0].config
         self.phases = Phases(synchronize=recipe.logging.timers, nvtx=recipe.logging.nvtx and torch.cuda.is_available())
         self.config.timers = MegatronTimers(self.phases)
@@ -89,6 +94,9 @@ class Engine:
                 overlap_grad_reduce=parallel.overlap_grad_reduce,
                 overlap_param_gather=parallel.overlap_param_gather,
             )
+            self.reduction: Reduction = attach(self.chunks, self.placements, grid)
+            if parallel.unsynchronised:
+                leave_out(self.chunks, self.placements, grid, parallel.unsynchronised)
             o = recipe.optimizer
             self.optimizer = create_optimizer(
                 self.chunks,

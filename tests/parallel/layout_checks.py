@@ -60,7 +60,7 @@ def gradients(model: dict[str, Any], layout: dict[str, Any], options: dict[str, 
     from megalign.parallel.grid import destroy_grid
 
     distributed = options.get("use_distributed_optimizer", False)
-    run = Run(model, layout, distributed=distributed, document_multiple=options.get("document_multiple", 1), options=options.get("megatron"))
+    run = Run(model, layout, distributed=distributed, document_multiple=options.get("document_multiple", 1), options=options.get("megatron"), hooks=options.get("hooks", True))
     if "frozen" in options:
         for name, parameter in run.chunks[0].named_parameters():
             parameter.requires_grad_(options["frozen"] not in name)
@@ -83,21 +83,50 @@ def _main_grad(parameter: Any) -> torch.Tensor:
 class Run:
     """A small model with its optimizer on a layout, and four microbatches shared out over its data ranks."""
 
-    def __init__(self, model: dict[str, Any], layout: dict[str, Any], *, distributed: bool, document_multiple: int = 1, options: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        model: dict[str, Any],
+        layout: dict[str, Any],
+        *,
+        distributed: bool,
+        document_multiple: int = 1,
+        options: dict[str, Any] | None = None,
+        hooks: bool | None = True,
+        overlap: bool = False,
+        bf16: bool = False,
+        bucket_size: int | None = None,
+        prepare: Any = None,
+        rows: int = 4,
+    ):
+        """hooks: as `place` takes it; None: megatron alone. prepare(models, grid): what is changed before parameters are placed."""
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+        from megatron.core.transformer.module import Float16Module
 
         from megalign.models.build import build_chunks
-        from megalign.models.weights import initialise
+        from megalign.models.weights import initialise, named_parameters
         from megalign.parallel.grid import create_grid
         from megalign.parallel.optimizer import create_optimizer, wrap_data_parallel
+        from megalign.parallel.placement import place
+        from megalign.parallel.reduction import attach
 
         sizes = {key: value for key, value in layout.items() if key != "sequence_parallel"}
         self.grid = create_grid(**sizes)
         model_parallel_cuda_manual_seed(1, force_reset_rng=True)
         config = ModelConfig(**model)
-        models = build_chunks(config, self.grid, VOCAB, sequence_parallel=layout.get("sequence_parallel", False), options=options)
+        sequence_parallel = layout.get("sequence_parallel", False)
+        models = build_chunks(config, self.grid, VOCAB, sequence_parallel=sequence_parallel, bf16=bf16, options=options)
         initialise(models, config, self.grid, seed=3)
-        self.chunks = wrap_data_parallel(models, models[0].config, use_distributed_optimizer=distributed)
+        if prepare is not None:
+            prepare(models, self.grid)
+        self.models, self.config = models, models[0].config
+        if hooks is not None:
+            self.placements = place(models, [(name, p) for name, p, _ in named_parameters(models, self.grid)], self.grid, hooks=hooks)
+        chunks: list[Any] = [Float16Module(self.config, chunk) for chunk in models] if bf16 else models
+        self.chunks = wrap_data_parallel(
+            chunks, self.config, use_distributed_optimizer=distributed, overlap_grad_reduce=overlap, bucket_size=bucket_size
+        )
+        if hooks is not None:
+            self.reduction = attach(self.chunks, self.placements, self.grid)
         self.optimizer = create_optimizer(
             self.chunks,
             lr=1e-3,
@@ -106,10 +135,10 @@ class Run:
             adam_beta2=0.95,
             adam_eps=1e-8,
             clip_grad=1.0,
-            bf16=False,
+            bf16=bf16,
             use_distributed_optimizer=distributed,
         )
-        everything = microbatches(4, document_multiple)
+        everything = microbatches(rows, document_multiple)
         share = len(everything) // self.grid.data.size
         self.mine = everything[self.grid.data.rank * share : (self.grid.data.rank + 1) * share]
         self.total = sum(int(batch.loss_mask.sum()) for batch in everything)
@@ -157,7 +186,7 @@ def gradients_without_norm_reduction(model: dict[str, Any], layout: dict[str, An
         self.weight.sequence_parallel = False
 
     layers.RMSNorm.__init__ = forgetful  # this process is a fork of its own
-    return gradients(model, layout, options)
+    return gradients(model, layout, {**options, "hooks": None})
 
 
 def gradients_with_cut_down_projections(model: dict[str, Any], layout: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:

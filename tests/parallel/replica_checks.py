@@ -1,0 +1,113 @@
+"""What runs on the ranks for test_reduction.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from layout_checks import Run
+from replica_extras import DECLARED, add_extras
+
+MOE = dict(
+    num_layers=4, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4, num_query_groups=2, qk_layernorm=True,
+    num_moe_experts=4, moe_ffn_hidden_size=48, moe_shared_expert_intermediate_size=32, moe_aux_loss_coeff=0.01,
+)  # fmt: skip
+
+
+def extras_of(run: Run) -> dict[str, torch.Tensor]:
+    """Global name (with its shard) -> main gradient, of the extras on this rank; copies on one rank must agree."""
+    found: dict[str, torch.Tensor] = {}
+    for p in run.placements:
+        if p.name.rsplit(".", 1)[-1] not in DECLARED:
+            continue
+        shard = f"|{run.grid.tensor.rank}" if "tensor" in p.shard else f"|{run.grid.expert_tensor.rank}" if "expert_tensor" in p.shard else ""
+        gradient = p.parameter.main_grad.clone()  # pyright: ignore[reportAttributeAccessIssue]
+        assert torch.equal(found.setdefault(p.name + shard, gradient), gradient), p.name
+    return found
+
+
+def extra_gradients(layout: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """After `steps` accumulations: gradients of all extras of all ranks (copies checked for equality), the norm, bytes by hooks."""
+    from megalign.parallel.grid import destroy_grid
+
+    kinds = options.get("kinds", tuple(DECLARED))
+    run = Run(
+        {**MOE, **options.get("model", {})},
+        layout,
+        distributed=options.get("distributed", False),
+        overlap=options.get("overlap", False),
+        bucket_size=options.get("bucket_size"),
+        bf16=options.get("bf16", False),
+        hooks=options.get("hooks", True),
+        prepare=lambda models, grid: add_extras(models, grid, kinds, options.get("declared")),
+    )
+    if "without" in options:  # a mutation: these hooks are gone
+        for p in run.placements:
+            if p.name.rsplit(".", 1)[-1] == options["without"]:
+                _disarm(run, p.parameter)
+    spent, losses = [], []
+    for _ in range(options.get("steps", 2)):
+        before = run.reduction.bytes
+        losses.append(run.backward())
+        spent.append(run.reduction.bytes - before)
+        grads = extras_of(run)
+        _, norm, _ = run.optimizer.step()
+    least = _analytic_bytes(run)
+    weights = {p.name: p.parameter.detach().float().clone() for p in run.placements if p.name.endswith(("table", "lora_a", "shared_scale"))}
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, grads)
+    merged: dict[str, torch.Tensor] = {}
+    spread = 0.0
+    for found in everywhere:
+        for name, gradient in found.items() if not options.get("distributed") else ():
+            spread = max(spread, float((merged.setdefault(name, gradient) - gradient).abs().max()))
+    destroy_grid()
+    return {"grads": _joined(merged), "norm": float(norm), "losses": losses, "bytes": spent, "least": least, "spread": spread, "weights": weights}
+
+
+def _joined(merged: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Shards put together: rows of lora_b; gate rows, then up rows, of expert_b."""
+    whole: dict[str, torch.Tensor] = {}
+    for name in sorted({name.split("|")[0] for name in merged}):
+        parts = [merged[key] for key in sorted(merged) if key.split("|")[0] == name]
+        if name.endswith("expert_b"):
+            whole[name] = torch.cat([torch.cat([part.chunk(2)[half] for part in parts]) for half in (0, 1)])
+        else:
+            whole[name] = torch.cat(parts) if name.endswith("lora_b") else parts[0]
+    return whole
+
+
+def _analytic_bytes(run: Run) -> int:
+    """4 bytes for every element that is partial or duplicated on a group of more than one rank and that megatron does not reduce."""
+    total, seen = 0, set()
+    for p in run.placements:
+        for axis, size in (("tensor", run.grid.tensor.size), ("expert_tensor", run.grid.expert_tensor.size)):
+            if p.gradients.get(axis) in ("partial", "duplicated") and size > 1 and "tp-sum" not in p.reducers[axis]:
+                total += 4 * p.parameter.numel()
+        if len(p.stages) > 1 and p.name not in seen:
+            seen.add(p.name)
+            total += 4 * p.parameter.numel()
+    return total
+
+
+def _disarm(run: Run, parameter: torch.nn.Parameter) -> None:
+    """Take one parameter out of every hook, as if nobody had declared it."""
+    for bucket in run.reduction.buckets:
+        keep = [i for i, p in enumerate(bucket.parameters) if p is not parameter]
+        bucket.parameters, bucket.names = [bucket.parameters[i] for i in keep], [bucket.names[i] for i in keep]
+        if not keep:
+            bucket.send = bucket.finish = lambda: None  # pyright: ignore[reportAttributeAccessIssue]
+    final = [(group, [c for c in copies if all(p is not parameter for p in c)]) for group, copies in run.reduction.final]
+    run.reduction.final = [entry for entry in final if entry[1]]
+
+
+def sweep(cases: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[dict[str, Any]]:
+    """`extra_gradients` of several (layout, options) in one launch."""
+    from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+
+    found = []
+    for case in cases:
+        get_moe_layer_wise_logging_tracker().clear()
+        found.append(extra_gradients(*case))
+    return found
