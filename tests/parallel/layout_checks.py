@@ -120,7 +120,8 @@ class Run:
             prepare(models, self.grid)
         self.models, self.config = models, models[0].config
         if hooks is not None:
-            self.placements = place(models, [(name, p) for name, p, _ in named_parameters(models, self.grid)], self.grid, hooks=hooks)
+            named: Any = [(name, parameter) for name, parameter, _ in named_parameters(models, self.grid)]
+            self.placements = place(models, named, self.grid, hooks=hooks)
         chunks: list[Any] = [Float16Module(self.config, chunk) for chunk in models] if bf16 else models
         self.chunks = wrap_data_parallel(
             chunks, self.config, use_distributed_optimizer=distributed, overlap_grad_reduce=overlap, bucket_size=bucket_size
