@@ -39,7 +39,7 @@ def recipe_of(folder: Path, **data: Any) -> Recipe:
 
 def loader_rate(train: Dataset, recipe: Recipe, grid: Any, seconds: float) -> dict[str, float]:
     """Dealing, cutting out and collating whole steps for `seconds`, nothing else."""
-    from megalign.trainer.loop import Batches
+    from megalign.trainer.batches import Batches
 
     batches = Batches(train, recipe, grid)
     tokens = steps = 0
@@ -54,8 +54,8 @@ def loader_rate(train: Dataset, recipe: Recipe, grid: Any, seconds: float) -> di
 def step_rate(train: Dataset, recipe: Recipe, grid: Any, warmup: int, steps: int) -> dict[str, float]:
     """Training steps as the trainer takes them, without their data."""
     from megalign.sft import token_loss
+    from megalign.trainer.batches import Batches
     from megalign.trainer.engine import Engine
-    from megalign.trainer.loop import Batches
 
     engine, batches = Engine(recipe, grid, train.tokenizer.vocab_size), Batches(train, recipe, grid)
     tokens, passed = 0, 0.0

@@ -39,8 +39,8 @@ def measure(data: str, precision: str, warmup: int, steps: int, threads: int) ->
     world = init()
     torch.set_num_threads(threads)
     from megalign.sft import token_loss
+    from megalign.trainer.batches import Batches
     from megalign.trainer.engine import Engine
-    from megalign.trainer.loop import Batches
     from megalign.trainer.run import grid_of
 
     grid = grid_of(recipe, world)

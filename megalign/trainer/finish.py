@@ -12,10 +12,10 @@ from megalign.data.rows import Conversation, Message
 from megalign.parallel.checkpoint import list_checkpoints
 from megalign.rollout.sampler import SamplingParams
 from megalign.trainer.engine import Engine
-from megalign.trainer.loop import Progress
 from megalign.trainer.metrics import NullLogger
 from megalign.trainer.prune import best_checkpoint
 from megalign.trainer.run import RunFolder, prompts_of
+from megalign.trainer.training import Progress
 
 
 def finish(

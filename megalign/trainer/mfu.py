@@ -10,7 +10,24 @@ import torch.distributed as dist
 from megalign.config.schema import ModelConfig
 from megalign.config.size import Counts
 from megalign.parallel.init import World, cpu_cores
+from megalign.trainer.metrics import NullLogger
 from megalign.trainer.peaks import device_peak_flops, model_flops_per_token
+
+
+class Speed:
+    """Tokens a second and model FLOPs utilisation, step by step. peak_flops: 0 if unknown."""
+
+    def __init__(self, flops_per_token: float, peak_flops: float, log: NullLogger):
+        self.flops_per_token, self.peak_flops, self.log = flops_per_token, peak_flops, log
+
+    def of_step(self, step: int, tokens: int, seconds: float) -> dict[str, float | None]:
+        """{"tokens_per_second", "mfu" (0 to 1, None if the peak is unknown), "step_time" in seconds}."""
+        achieved = tokens / seconds * self.flops_per_token
+        if 0 < self.peak_flops < achieved:
+            was, now = f"{self.peak_flops / 1e9:,.0f} GFLOP/s", f"{achieved / 1e9:,.0f}"
+            self.log.event(step, "warning", f"the device's peak was measured while it was busy ({was}); this step reached {now}, MFU now refers to that")
+            self.peak_flops = achieved
+        return {"tokens_per_second": tokens / seconds, "mfu": achieved / self.peak_flops if self.peak_flops else None, "step_time": seconds}
 
 
 def flops_per_token(model: ModelConfig, counts: Counts, statistics: dict[str, Any]) -> float:
@@ -22,9 +39,16 @@ def flops_per_token(model: ModelConfig, counts: Counts, statistics: dict[str, An
         embedding_parameters=embedding,
         num_layers=model.num_layers,
         num_attention_heads=model.num_attention_heads,
-        kv_channels=model.kv_channels or model.hidden_size // model.num_attention_heads,
+        kv_channels=_head_size(model),
         sequence_length=min(statistics["sequence_length"], statistics["tokens"] / documents),
     )
+
+
+def _head_size(model: ModelConfig) -> float:
+    """Of scores and values alike; the mean of both sizes where they differ, as their FLOPs add up (MLA)."""
+    if model.multi_latent_attention:
+        return (model.qk_head_dim + model.qk_pos_emb_head_dim + model.v_head_dim) / 2
+    return model.kv_channels or model.hidden_size // model.num_attention_heads
 
 
 def world_peak_flops(world: World, precision: str) -> float:

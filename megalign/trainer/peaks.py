@@ -115,7 +115,7 @@ def model_flops_per_token(
     embedding_parameters: int = 0,
     num_layers: int,
     num_attention_heads: int,
-    kv_channels: int,
+    kv_channels: float,
     sequence_length: float,
 ) -> float:
     """FLOPs of forward and backward for one token: `6 N + 12 L H K S` (PaLM, arXiv 2204.02311, appendix B).
@@ -123,7 +123,7 @@ def model_flops_per_token(
     N: parameters that multiply this token, so the active experts only, and without the input
     embedding, which is a lookup: `active_parameters - embedding_parameters`. With tied embeddings the
     table multiplies as output layer: leave `embedding_parameters` at 0.
-    L layers, H query heads, K head size, S keys that a token attends to: the sequence length, or with
+    L layers, H query heads, K head size (of scores and values, their mean where they differ), S keys that a token attends to: the sequence length, or with
     packing the token-weighted mean document length. As in the source, causal masking is not deducted
     and recomputation of activations is not counted.
     """

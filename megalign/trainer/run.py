@@ -29,7 +29,7 @@ from megalign.data.splits import listing, read_splits
 from megalign.parallel.checkpoint import list_checkpoints, read_meta
 from megalign.parallel.grid import Grid, create_grid
 from megalign.parallel.init import World
-from megalign.trainer.loop import pads_microbatches
+from megalign.trainer.batches import pads_microbatches
 from megalign.trainer.metrics import MetricsLogger, NullLogger
 from megalign.trainer.trackers import open_trackers
 

@@ -5,6 +5,10 @@ import time
 import pytest
 import torch
 
+from megalign.config.schema import ModelConfig
+from megalign.config.size import Counts
+from megalign.models.presets import PRESETS
+from megalign.trainer.mfu import flops_per_token
 from megalign.trainer.peaks import device_peak_flops, model_flops_per_token, model_flops_utilization
 
 
@@ -20,6 +24,15 @@ def test_palm_540b_reaches_its_published_utilisation():
 def test_the_embedding_lookup_multiplies_nothing():
     shape = {"num_layers": 2, "num_attention_heads": 4, "kv_channels": 8, "sequence_length": 16.0}
     assert model_flops_per_token(1000, embedding_parameters=400, **shape) == 6 * 600 + 12 * 2 * 4 * 8 * 16
+
+
+def test_latent_attention_multiplies_heads_of_two_sizes():
+    """Scores 2 S (32 + 16) and values 2 S 32 FLOPs a head and token, three times with backward; tiny-mla-moe has 4 layers."""
+    model = ModelConfig.model_validate(PRESETS["tiny-mla-moe"])
+    statistics = {"rows_kept": 1, "tokens": 100, "sequence_length": 100}
+    attention = 3 * 4 * model.num_attention_heads * (2 * 48 + 2 * 32) * 100
+    counts = Counts(total=0, active=0, by_part={})
+    assert flops_per_token(model, counts, statistics) == attention
 
 
 def test_the_peak_is_plausible_remembered_and_leaves_the_generator_alone():
