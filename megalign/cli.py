@@ -231,6 +231,18 @@ def data_tokenizer(
     tokenizer_from(files, output, vocab_size, template, format, special_token or [])
 
 
+@data_app.command("cache")
+def data_cache(
+    folder: Annotated[Path, typer.Argument(help="data.cache_dir, or the .cache beside run folders.", show_default=False)],
+    prune: Annotated[str | None, typer.Option(metavar="SIZE", help="Remove the longest unused entries until at most this is left, e.g. 20GB.")] = None,
+    unused_hours: Annotated[float, typer.Option(min=0, help="Keep what was used within so many hours: a run may be using it.")] = 24.0,
+) -> None:
+    """List the tokenised data of a cache, or remove what has not been used for longest; a run makes again what it misses."""
+    from megalign.data.prune import show
+
+    show(folder, prune, unused_hours)
+
+
 @recipes_app.command("list")
 def recipes_list() -> None:
     """Names and first lines."""

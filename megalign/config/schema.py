@@ -151,7 +151,7 @@ class DataConfig(Section):
     packing: bool = Field(default=True, description="several conversations a row, attention block-diagonal, positions reset")
     loss_on: Literal["assistant", "completion", "all"] = Field(default="assistant", description="completion: the last assistant turn only; all: every token")
     truncation: Literal["turn", "drop", "error"] = Field(default="turn", description="rows too long: cut at a turn boundary, drop, or stop")
-    max_bad_share: float = Field(default=0.01, ge=0, le=1, description="share of unreadable rows past which the run stops")
+    max_bad_share: float = Field(default=0.01, ge=0, le=1, description="share of rows that cannot be read or rendered past which the run stops")
     shuffle: bool = True
     remainder: Literal["drop", "pad"] = Field(default="pad", description="last global batch of an epoch: pad with rows that score nothing, or drop")
     max_rows: int | None = Field(default=None, ge=1)

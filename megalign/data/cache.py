@@ -8,7 +8,7 @@
 
 KEY is a hash of everything the bytes follow from: the contents of the file, the format, the template, the tokenizer,
 each option of `data` that is not known to be irrelevant, and the code of this package. A changed byte is another key.
-An entry may be removed whenever nothing runs; it is made again.
+An entry may be removed whenever nothing runs (`megalign data cache`, data/prune.py); it is made again.
 """
 
 from __future__ import annotations

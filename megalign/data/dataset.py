@@ -9,20 +9,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megalign.config.schema import DataConfig, Recipe
-from megalign.data.cache import UNREADABLE, announcer, cache_folder, encode_once, entry_key
+from megalign.data.cache import announcer, cache_folder, encode_once, entry_key
 from megalign.data.encode import check_template, plain_texts
 from megalign.data.once import build_once
 from megalign.data.packs import OUTCOMES, REJECTED_SHOWN, Kept, Packs, write_packs
 from megalign.data.rows import BadRow, Conversation, DataError, Example, Row, TextRow
 from megalign.data.source import Source
-from megalign.data.splits import BAD_SHOWN, Look, Piece, Split, listing, read_splits, read_validation
+from megalign.data.splits import Look, Piece, Split, listing, look_at, read_splits, read_validation
 from megalign.data.stream import Stream, open_stream
 from megalign.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
@@ -113,10 +112,7 @@ def _check_rendering(rows: Iterable[Row], tokenizer: Tokenizer, data: DataConfig
 def encoded_look(recipe: Recipe, source: Source, tokenizer: Tokenizer, folder: Path) -> Look:
     """A source, tokenised."""
     _check_rendering(source.rows(), tokenizer, recipe.data)
-    encoded = encode_once(source, tokenizer, recipe.data, folder)
-    readable = [table["outcome"] != UNREADABLE for _, table in encoded.table()]
-    bad = (row for number, row in encoded.rejected(0, len(encoded)))
-    return Look(np.concatenate(readable) if readable else np.zeros(0, bool), list(islice(bad, BAD_SHOWN)), encoded)
+    return look_at(encode_once(source, tokenizer, recipe.data, folder))
 
 
 def build_dataset(recipe: Recipe, split: Split, tokenizer: Tokenizer, folder: Path) -> Dataset:

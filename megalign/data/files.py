@@ -6,6 +6,7 @@ are counted from 1; where a file has none (Parquet, Arrow, CSV with quoted newli
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
@@ -22,6 +23,9 @@ from megalign.data.rows import DataError, Unusable
 KINDS = (".jsonl", ".json", ".txt", ".csv", ".parquet", ".arrow")
 FOLDER = "folder"  # what `datasets` writes with save_to_disk
 _SPACE = re.compile(r"[ \t\r\n]*")
+CHUNK = 2**20  # bytes of a JSON array read at a time
+LONGEST_ROW = 2**28  # characters of one element; past it a string that nobody closed is likelier
+_CUT_OFF = 16  # characters before the end of what was read in which an error may be the cut's: a word, an escape
 _ROWS = 1024  # of a columnar file, decoded at once
 
 
@@ -82,8 +86,8 @@ def json_values(path: Path) -> Iterator[tuple[int, Any]]:
     """(line, value) of each row, the value an `Unusable` where the line is not JSON."""
     with _open(path) as file:
         if kind(path) == ".json":
-            text = _decode(file.read()).removeprefix("\ufeff")
-            if text.lstrip().startswith("["):
+            text = _Text(path, file)
+            if text.skip_space() == "[":
                 yield from _array_elements(path, text)
                 return
             file.seek(0)
@@ -96,36 +100,80 @@ def json_values(path: Path) -> Iterator[tuple[int, Any]]:
                     yield number, Unusable(f"not JSON ({_why(error)})")
 
 
-def _array_elements(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+class _Text:
+    """The text of a file from where a reader stands; what is behind it is forgotten, what is ahead is read when asked for."""
+
+    def __init__(self, path: Path, file: Any):
+        self.path, self.file = path, file
+        self.decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+        self.ahead, self.position, self.ended = "", 0, False
+        self.line, self.counted = 1, 0  # lines begun before `counted`
+        self.more()
+        self.ahead = self.ahead.removeprefix("\ufeff")
+
+    def more(self) -> None:
+        """Read on: as much again as is ahead already, so that a long element is not tried a thousand times."""
+        self.here()
+        raw = self.file.read(max(CHUNK, len(self.ahead) - self.position))
+        self.ended = not raw
+        self.ahead = self.ahead[self.position :] + self.decoder.decode(raw, final=self.ended)
+        self.position = self.counted = 0
+
+    def skip_space(self) -> str:
+        """The next character that is no white space, and stand before it; "" at the end."""
+        while True:
+            space = _SPACE.match(self.ahead, self.position)
+            self.position = space.end() if space else self.position
+            if self.position < len(self.ahead) or self.ended:
+                return self.ahead[self.position : self.position + 1]
+            self.more()
+
+    def value(self, decoder: json.JSONDecoder) -> Any:
+        """The JSON value here; raises ValueError or RecursionError."""
+        while True:
+            try:
+                value, end = decoder.raw_decode(self.ahead, self.position)
+            except json.JSONDecodeError as error:
+                reaches_end = error.msg.startswith("Unterminated string") or error.pos > len(self.ahead) - _CUT_OFF
+                if self.ended or not reaches_end:
+                    raise
+            else:
+                if isinstance(value, (dict, list, str)) or end + 3 <= len(self.ahead) or self.ended:  # "1" may go on: "e-5"
+                    self.position = end
+                    return value
+            if len(self.ahead) - self.position > LONGEST_ROW:
+                raise ValueError(f"no end of this element within {LONGEST_ROW:,} characters")
+            self.more()
+
+    def here(self) -> int:
+        """The line, from 1."""
+        self.line += self.ahead.count("\n", self.counted, self.position)
+        self.counted = self.position
+        return self.line
+
+
+def _array_elements(path: Path, text: _Text) -> Iterator[tuple[int, Any]]:
     """One element at a time, so that each keeps its line. A broken array is fatal: where does it go on?"""
     decoder = json.JSONDecoder()
-
-    def skip(position: int) -> tuple[int, str]:
-        space = _SPACE.match(text, position)
-        position = space.end() if space else position
-        return position, text[position : position + 1]
-
-    position, line, counted = skip(0)[0] + 1, 1, 0
-    while True:
-        position, character = skip(position)
-        line, counted = line + text.count("\n", counted, position), position
-        if character != "]":
-            try:
-                value, position = decoder.raw_decode(text, position)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{path}:{line}: the JSON array is broken here ({_why(error)})") from error
-            yield line, value
-            position, character = skip(position)
-        if character == "]":
-            position, rest = skip(position + 1)
-            if rest:
-                raise DataError(
-                    f"{path}: the JSON array ends, but {text[position : position + 20]!r} follows"
-                )
-            return
-        if character != ",":
+    text.position += 1  # "["
+    character = text.skip_space()
+    while character != "]":
+        line = text.here()
+        try:
+            value = text.value(decoder)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}:{line}: the JSON array is broken here ({_why(error)})") from error
+        yield line, value
+        character = text.skip_space()
+        if character == ",":
+            text.position += 1
+            character = text.skip_space()
+        elif character != "]":
             raise DataError(f"{path}:{line}: the JSON array is broken after this row (',' or ']' is due)")
-        position += 1
+    text.position += 1
+    if text.skip_space():
+        rest = text.ahead[text.position : text.position + 20]
+        raise DataError(f"{path}: the JSON array ends, but {rest!r} follows")
 
 
 def text_blocks(path: Path) -> Iterator[tuple[int, dict[str, str]]]:

@@ -25,7 +25,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megalign.data.rows import DataError
@@ -58,6 +58,7 @@ def build_once(
     """
     final = folder / key
     if final.is_dir():
+        _renew(final)
         return final
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -203,6 +204,12 @@ def _raise_failure(failed: Path, token: str) -> None:
     found = _read_json(failed)
     if found.get("token") == token:
         raise DataError(found["error"])
+
+
+def _renew(entry: Path) -> None:
+    """The entry was used now, for `prune`. A folder of somebody else, or read-only, stays as it is."""
+    with suppress(OSError):
+        os.utime(entry)
 
 
 def _locks(folder: Path, key: str) -> list[str]:

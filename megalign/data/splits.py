@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from megalign.config.schema import DataConfig, Recipe
+from megalign.data.cache import REFUSED, UNREADABLE, Encoded
 from megalign.data.rows import BadRow, DataError, Row
 from megalign.data.source import GRAMMAR, Source, open_source
 
@@ -21,8 +22,9 @@ class Look:
     """What is known of the rows of a source once they were read."""
 
     readable: np.ndarray  # [N] bool
-    bad: list[BadRow]  # the first unreadable ones
-    encoded: Any = None  # a cache.Encoded, where they were tokenised too
+    unusable: int  # rows that were not read, or, where they were tokenised too, that template or tokenizer refused
+    bad: list[BadRow]  # the first of them
+    encoded: Any = None  # an Encoded, where they were tokenised too
 
 
 @dataclass
@@ -131,7 +133,15 @@ def scan(source: Source) -> Look:
         readable.append(not isinstance(row, BadRow))
         if isinstance(row, BadRow) and len(bad) < BAD_SHOWN:
             bad.append(row)
-    return Look(np.frombuffer(bytes(readable), bool), bad)
+    return Look(np.frombuffer(bytes(readable), bool), len(readable) - sum(readable), bad)
+
+
+def look_at(encoded: Encoded) -> Look:
+    """What tokenisation has found. A row that is only too long is not unusable."""
+    outcomes = np.concatenate([table["outcome"] for _, table in encoded.table()] or [np.zeros(0, "u1")])
+    unusable = (outcomes == UNREADABLE) | (outcomes == REFUSED)
+    bad = (row for number, row in encoded.rejected(0, len(encoded)) if unusable[number])
+    return Look(outcomes != UNREADABLE, int(unusable.sum()), list(islice(bad, BAD_SHOWN)), encoded)
 
 
 def listing(bad: list[BadRow], count: int, total: int | None = None) -> str:
@@ -190,7 +200,7 @@ def _set_apart(pieces: list[Piece], count: int, name: str) -> tuple[list[Piece],
 
 def check_bad(pieces: list[Piece], data: DataConfig) -> None:
     rows = sum(len(piece.look.readable) for piece in pieces)
-    bad = rows - sum(int(piece.look.readable.sum()) for piece in pieces)
+    bad = sum(piece.look.unusable for piece in pieces)
     if bad / max(rows, 1) > data.max_bad_share:
         first = [row for piece in pieces for row in piece.look.bad]
         raise DataError(

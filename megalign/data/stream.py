@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 
 from megalign.config.schema import Recipe
-from megalign.data.cache import UNREADABLE, Encoded, announcer, encode_key, entry_key, write_encoded
+from megalign.data.cache import Encoded, announcer, encode_key, entry_key, write_encoded
 from megalign.data.once import build_once
 from megalign.data.packs import Packs, write_packs
 from megalign.data.rows import Example, Row
 from megalign.data.source import Source, open_source
-from megalign.data.splits import BAD_SHOWN, Look, Piece, check_bad
+from megalign.data.splits import Piece, check_bad, look_at
 from megalign.data.tokenizer import Tokenizer
 
 PLACE = 2**32  # a row's number: window * PLACE + its pack in the window
@@ -128,11 +128,8 @@ class Stream(Sequence[list[Example]]):
         self._reader = (start + self.size, rows)  # only if all of them were taken
 
     def _piece(self, number: int, encoded: Encoded) -> Piece:
-        readable = [table["outcome"] != UNREADABLE for _, table in encoded.table()]
-        bad = [row for _, row in islice(encoded.rejected(0, len(encoded)), BAD_SHOWN)]
-        look = Look(np.concatenate(readable) if readable else np.zeros(0, bool), bad, encoded)
         start = number * self.size
         source = Source(
             self.source.name, self.source.format, lambda: islice(self.source.rows(), start, start + self.size), self.source.digest
         )
-        return Piece(source, look, 0, len(encoded))
+        return Piece(source, look_at(encoded), 0, len(encoded))

@@ -121,6 +121,21 @@ def test_bad_rows_stop_the_run_past_their_share_only(tmp_path):
     assert (validation.statistics["bad"], validation.statistics["rows_kept"]) == (4, 2)
 
 
+def test_rows_that_the_template_refuses_count_too(tmp_path):
+    """A row that reads well and cannot be rendered. One that is only too long does not count."""
+    refused = chat("Hi \ufdd0", "Hello")  # the character that parts spelt control tokens
+    path = write(tmp_path / "a.jsonl", [chat("Hi", "Hello")] * 46 + [refused, "{", refused, chat("What?", "long " * 80)])
+    with pytest.raises(DataError) as error:
+        build_datasets(recipe_for(path, max_bad_share=0.059))
+    message = str(error.value)
+    assert message.startswith("3 of 50 rows are unusable: 6.00%, and data.max_bad_share allows 5.90%")
+    assert f"{path}:47: holds one of the noncharacters" in message and f"{path}:48: not JSON" in message and ":50:" not in message
+    train, _ = build_datasets(recipe_for(path, max_bad_share=0.06))
+    assert (train.statistics["bad"], train.statistics["truncated_away"], train.statistics["rows_kept"]) == (3, 1, 46)
+    with pytest.raises(DataError, match="3 of 50 rows are unusable"):
+        build_datasets(recipe_for(path, max_bad_share=0.059, streaming=True))
+
+
 def test_documents_are_cut_not_shortened(tmp_path):
     text = " ".join(f"The fox sees owl number {n}." for n in range(40))
     (tmp_path / "a.txt").write_text(f"{text}\n\nA short one.\n", encoding="utf-8")

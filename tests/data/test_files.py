@@ -8,9 +8,10 @@ import json
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megalign.data import files
 from megalign.data.files import values
 from megalign.data.formats import FORMATS, announcement, detect, for_training, read_records, read_rows
 from megalign.data.rows import BadRow, Conversation, DataError, Message, PreferencePair
@@ -164,3 +165,57 @@ def test_names_of_the_formats_are_the_same_everywhere():
 
     assert set(get_args(Format)) == {"auto", *FORMATS}
     assert all(announcement("a", name).startswith(f"a: format {name}") for name in FORMATS)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(rows=st.lists(json_values, max_size=6), chunk=st.integers(1, 40), ascii=st.booleans(), indent=st.sampled_from([None, 0, 2]))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_an_array_is_read_in_pieces_as_it_is_read_whole(tmp_path, monkeypatch, rows, chunk, ascii, indent):
+    """Cut anywhere: in a number, a word, an escape, a character of several bytes. The oracle is json.loads."""
+    monkeypatch.setattr(files, "CHUNK", chunk)
+    text = json.dumps(rows, ensure_ascii=ascii, indent=indent)
+    path = tmp_path / "a.json"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    found = list(values(path))
+    assert repr([value for _, value in found]) == repr(json.loads(path.read_bytes().decode("utf-8", "surrogateescape")))
+    lines = [line for line, _ in found]
+    assert lines == sorted(lines) and all(1 <= line <= 1 + text.count("\n") for line in lines)
+
+
+def test_lines_of_an_array(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "CHUNK", 3)
+    (tmp_path / "a.json").write_text('\ufeff\n[\n{"text":\n"a"}, 7\n,\n\n{"text": "b"}\n]\n', encoding="utf-8")
+    assert list(values(tmp_path / "a.json")) == [(3, {"text": "a"}), (4, 7), (7, {"text": "b"})]
+
+
+def test_memory_holds_a_chunk_of_an_array(tmp_path):
+    """24 MB of rows, gzipped too, at a peak of a few chunks of 1 MB."""
+    import gzip
+    import tracemalloc
+
+    row = json.dumps({"messages": [{"role": "user", "content": "x" * 3000}]})
+    text = "[" + ",\n".join([row] * 8000) + "]"
+    assert len(text) > 24e6
+    (tmp_path / "a.json").write_text(text)
+    (tmp_path / "b.json.gz").write_bytes(gzip.compress(text.encode(), 1))
+    del text
+    for name in ("a.json", "b.json.gz"):
+        tracemalloc.start()
+        assert sum(1 for _ in values(tmp_path / name)) == 8000
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 6 * files.CHUNK, (name, peak)
+
+
+def test_an_endless_string_does_not_fill_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "CHUNK", 100)
+    monkeypatch.setattr(files, "LONGEST_ROW", 1000)
+    (tmp_path / "a.json").write_text('[{"text": "a"},\n{"text": "' + "x" * 100_000)
+    with pytest.raises(DataError, match=r"a.json:2: the JSON array is broken here \(no end of this element within 1,000 characters\)"):
+        list(values(tmp_path / "a.json"))
