@@ -23,7 +23,7 @@ def made(folder: Path, number: int, *, hours: float, size: int = 1000, suffix: s
     path = folder / f"tokens-{number:032x}{suffix}"
     path.mkdir(parents=True)
     (path / "tokens.bin").write_bytes(bytes(size))
-    os.utime(path, (time.time() - hours * HOUR,) * 2)
+    os.utime(path, (then := time.time() - hours * HOUR, then))
     return path
 
 
@@ -52,7 +52,7 @@ def test_a_run_renews_what_it_uses_and_makes_again_what_is_gone(tmp_path: Path):
     recipe = Recipe.model_validate({"data": {**data, "tokenizer": {"vocab_size": 300}}})
     first, _ = build_datasets(recipe)
     for entry in entries(tmp_path / "c"):
-        os.utime(entry.path, (time.time() - 100 * HOUR,) * 2)
+        os.utime(entry.path, (then := time.time() - 100 * HOUR, then))
     build_datasets(recipe)
     used = entries(tmp_path / "c")
     assert used and all(time.time() - entry.used < HOUR for entry in used)
