@@ -13,7 +13,7 @@ import importlib.machinery
 import logging
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -167,8 +167,25 @@ def rng() -> None:
     logging.getLogger(random.__name__).setLevel(logging.ERROR)
 
 
+@contextlib.contextmanager
+def undecorated() -> Iterator[None]:
+    """While entered, `torch.compile` leaves functions as they are: for the import of modules that decorate with it."""
+    compile_ = torch.compile
+
+    def leave(model: Any = None, **_: Any) -> Any:
+        return (lambda function: function) if model is None else model
+
+    torch.compile = leave
+    try:
+        yield
+    finally:
+        torch.compile = compile_
+
+
 def no_compile() -> None:
-    torch.compiler.set_stance("force_eager")
+    """For a megatron-core that was imported before us, decorated; else nothing is left to do (see `import_megatron`)."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.set_stance("force_eager")
 
 
 def split_sizes() -> None:

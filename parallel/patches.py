@@ -6,6 +6,7 @@ or when training works without the patch, so that none outlives its reason.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import warnings
@@ -77,8 +78,11 @@ _MODULES = (
 
 
 def import_megatron() -> None:
-    """Import the parts of megatron-core that megalign uses, without their notices of missing extras."""
-    with warnings.catch_warnings():
+    """Import the parts of megatron-core that megalign uses, without their notices of missing extras.
+
+    On a CPU its functions stay undecorated (patch `no-compile`): that alone saves the import of inductor.
+    """
+    with warnings.catch_warnings(), contextlib.nullcontext() if torch.cuda.is_available() else cpu.undecorated():
         warnings.simplefilter("ignore")
         for name in _MODULES:
             importlib.import_module(f"megatron.core.{name}")
@@ -88,7 +92,7 @@ PATCHES = (
     Patch("device", "pipeline_parallel/schedules.py", 596, 'device="cuda"', "CUDA devices, streams and literals", cpu.redirect_device),
     Patch("tensor-methods", "optimizer/clip_grads.py", 167, "'torch.cuda.FloatTensor'", "dtypes are told by CUDA type names", cpu.tensor_methods),
     Patch("rng", "tensor_parallel/random.py", 55, "torch.cuda.random.get_rng_state", "the tracker keeps CUDA generator states", cpu.rng),
-    Patch("no-compile", "jit.py", 21, "jit_fuser = torch.compile", "compiling at start-up costs minutes on a CPU", cpu.no_compile),
+    Patch("no-compile", "jit.py", 21, "jit_fuser = torch.compile", "inductor: seconds to import in every rank, minutes to compile on a CPU", cpu.no_compile),
     Patch("split-sizes", "transformer/moe/moe_utils.py", 1093, "tensor.is_cuda", "split sizes stay tensors, where lists are needed", cpu.split_sizes),
     Patch(
         "uneven-collectives",

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +44,6 @@ MISSED = {
     "device": ("one", "Torch not compiled with CUDA enabled|Cannot re-initialize CUDA|No CUDA GPUs|Found no NVIDIA driver"),
     "tensor-methods": ("one", "Wrapped parameters must be one of torch.cuda.FloatTensor"),
     "rng": ("one", "'isolated': False"),
-    "no-compile": ("one", "'compiled': True"),
     "split-sizes": ("expert", "incompatible function arguments"),
     "uneven-collectives": ("cut experts", "ProcessGroupGloo::allgather: invalid tensor size"),
     "te-gemm-name": ("one", "NameError.*te_general_gemm"),
@@ -49,9 +51,8 @@ MISSED = {
     "optimizer-state-step": ("one", "KeyError: 'step'"),
     "optimizer-shared-step": ("one", r"'adam_steps': \[[^2]"),
 }
-# Another patch replaces the only compiled function that this model reaches; gates and other activations have more of them.
-WITH = {"no-compile": ["padded-expert-bias"]}
 ELSEWHERE = {
+    "no-compile",  # below
     "padded-z-loss",  # tests/models/test_moe.py
     "empty-aux-loss",
     "padded-expert-bias",  # tests/models/test_expert_bias.py
@@ -81,9 +82,52 @@ def test_all_patches_together_suffice(layout: str, tmp_path: Path):
 @pytest.mark.parametrize("patch", [patch for patch in PATCHES if patch.name in MISSED], ids=lambda patch: patch.name)
 def test_without_the_patch_it_breaks(patch: Any, tmp_path: Path):
     layout, symptom = MISSED[patch.name]
-    before = functools.partial(install, skip=[patch.name, *WITH.get(patch.name, [])])
+    before = functools.partial(install, skip=[patch.name])
     found = run_ranks(probe, WORLD[layout], LAYOUTS[layout], str(tmp_path), before=before, abandon=True)
     assert re.search(symptom, " ".join(map(str, found))), found
+
+
+COMPILED = """
+import sys, tempfile, warnings
+warnings.simplefilter("ignore")
+if sys.argv[1] == "before us":
+    import megatron.core.models.gpt
+import torch
+from megalign.parallel.init import init, shutdown
+from megalign.parallel.patches import install
+# The other patch replaces the only compiled function that this model reaches.
+install(skip=["padded-expert-bias", *sys.argv[2:]])
+inductor = "torch._inductor.compile_fx" in sys.modules
+init()
+import test_patches
+print("inductor", inductor, test_patches.probe({}, tempfile.mkdtemp()))
+if inductor:
+    from torch._dynamo.utils import counters
+    from megalign.parallel.cpu import no_compile
+    from megalign.parallel.grid import destroy_grid
+    counters.clear()
+    no_compile()
+    destroy_grid()
+    print("then", test_patches.probe({}, tempfile.mkdtemp()))
+shutdown()
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with CUDA it is meant to compile")
+def test_nothing_is_compiled_and_the_compiler_is_not_imported():
+    """In processes of their own: the ranks of the other tests are forks of one that has imported already."""
+
+    def found(*arguments: str) -> list[str]:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parents[2])]), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, "-c", COMPILED, *arguments], capture_output=True, text=True, env=environment, timeout=240)
+        assert done.returncode == 0, done.stderr
+        return [line for line in done.stdout.splitlines() if line.startswith(("inductor", "then"))]
+
+    (ours,) = found("by us")
+    assert ours.startswith("inductor False") and "'compiled': False" in ours
+    without, then = found("before us", "no-compile")
+    assert without.startswith("inductor True") and "'compiled': True" in without
+    assert "'compiled': False" in then and "Error" not in then
 
 
 def test_every_patch_has_its_test():
