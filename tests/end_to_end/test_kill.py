@@ -25,8 +25,9 @@ FOUR = (
     "train.micro_batch_size=1 train.global_batch_size=4 train.max_steps=100000 train.save_interval=3 train.eval_interval=4 "
     "train.keep_last=2 train.keep_best=1 train.exact_match=false train.sample_prompts=1 train.sample_tokens=4 logging.tensorboard=false logging.report=false"
 ).split()
-MOMENTS = ("start-up", "step", "evaluation", "checkpoint write", "async write")
-SECONDS = 180.0  # for an attempt to reach its moment
+MOMENTS = ("start-up", "step", "evaluation", "checkpoint write", "async write")  # start-up: of a run that resumes, mostly
+SECONDS = 240.0  # for an attempt to reach its moment
+LOOK = 0.004  # seconds between looks at the run: it needs the cores more than we do
 
 
 def command(output: Path, *more: str) -> list[str]:
@@ -38,6 +39,10 @@ def rows(output: Path) -> list[dict[str, Any]]:
     file = output / "metrics.jsonl"
     lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
     return [json.loads(line) for line in lines if line.endswith(b"\n")]
+
+
+def resumed(output: Path) -> list[str]:
+    return [row["message"] for row in rows(output) if row.get("event") == "resume"]
 
 
 def curve(output: Path) -> dict[tuple[str, int], tuple[float, ...]]:
@@ -57,12 +62,44 @@ def processes(output: Path) -> list[psutil.Process]:
     return found
 
 
+class Steps:
+    """Training steps of one attempt as its record grows: the file is another one once the run has cut it back and goes on."""
+
+    def __init__(self, output: Path):
+        self.path = output / "metrics.jsonl"
+        self.inode = self._inode()
+        self.offset, self.last, self.count, self.own = 0, 0, 0, self.inode is None
+
+    def _inode(self) -> int | None:
+        return self.path.stat().st_ino if self.path.exists() else None
+
+    def look(self) -> None:
+        """Read what has come. `count`: steps of this attempt, `last`: number of the last one."""
+        inode = self._inode()
+        if not self.own:
+            if inode == self.inode:
+                return
+            self.own, self.offset = True, self.path.stat().st_size  # steps come seconds later
+        if inode is None:
+            return
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            new = file.read()
+        whole = new[: new.rfind(b"\n") + 1]
+        self.offset += len(whole)
+        for row in map(json.loads, whole.splitlines()):
+            if row["kind"] == "train":
+                self.last, self.count = row["step"], self.count + 1
+
+
 class Attempt:
-    """One start of the run, killed at a moment."""
+    """One start of the run, killed at a moment. `start_up`: seconds that the attempts before took to their first step."""
+
+    start_up = 12.0
 
     def __init__(self, output: Path, moment: str, dice: random.Random):
         self.output, self.moment, self.dice = output, moment, dice
-        self.known = len(rows(output))
+        self.steps = Steps(output)
         self.log = output.with_suffix(".log").open("ab")
         background = "true" if moment == "async write" else "false"
         self.launcher = subprocess.Popen(command(output, f"train.async_save={background}"), stdout=self.log, stderr=self.log, start_new_session=True)
@@ -71,31 +108,28 @@ class Attempt:
         """Until the run is at the moment, then a little longer."""
         began = time.monotonic()
         if self.moment == "start-up":
-            time.sleep(self.dice.uniform(0.0, 12.0))
+            time.sleep(self.dice.uniform(0.0, Attempt.start_up))
             return
-        first = None
-        at_least = self.dice.randint(1, 6)  # steps of this attempt, so that the run gets on
-        while True:
+        at_least = self.dice.randint(2, 7)  # steps of this attempt, so that the run gets on
+        while self.steps.count < at_least or not self.here():
             assert self.launcher.poll() is None, self.output.with_suffix(".log").read_text()[-3000:]
             assert time.monotonic() - began < SECONDS, f"{self.moment} did not come"
-            steps = [row["step"] for row in rows(self.output)[self.known :] if row["kind"] == "train"]
-            if steps:
-                first = first or steps[0]
-                if steps[-1] - first >= at_least and self.here(steps[-1]):
-                    break
-            time.sleep(0.002)
+            time.sleep(LOOK)
+            before = self.steps.count
+            self.steps.look()
+            if not before and self.steps.count:
+                Attempt.start_up = time.monotonic() - began
         time.sleep(self.dice.uniform(0.0, 0.03))
 
-    def here(self, step: int) -> bool:
-        writes = self.moment in ("checkpoint write", "async write")
-        if writes:
+    def here(self) -> bool:
+        if self.moment in ("checkpoint write", "async write"):
             return any((self.output / "checkpoints").glob(".iter_*.partial"))
-        return step % 4 == 0 if self.moment == "evaluation" else True
+        return self.steps.last % 4 == 0 if self.moment == "evaluation" else True
 
-    def kill(self) -> str:
-        """A random rank or the launcher; return which."""
-        ranks = [process for process in processes(self.output) if process.pid != self.launcher.pid]
-        victim = self.dice.choice([self.launcher.pid, *(process.pid for process in ranks)])
+    def kill(self, who: str) -> str:
+        """The launcher or a random rank; return which. In the first moments there is no rank yet."""
+        ranks = [process.pid for process in processes(self.output) if process.pid != self.launcher.pid]
+        victim = self.dice.choice(ranks) if who == "rank" and ranks else self.launcher.pid
         os.kill(victim, signal.SIGKILL)
         self.launcher.wait(timeout=60)
         deadline = time.monotonic() + 10
@@ -110,19 +144,21 @@ def kill_again_and_again(folder: Path, moments: list[str], seed: int) -> Counter
     """Kill a run once a moment, look at what is left each time; then compare it with a run left in peace."""
     dice, killed, whole = random.Random(seed), folder / "killed", folder / "whole"
     counts: Counter[tuple[str, str]] = Counter()
-    for moment in moments:
+    victims = ["launcher" if i % 4 == 3 else "rank" for i in range(len(moments))]
+    dice.shuffle(victims)
+    for moment, who in zip(moments, victims, strict=True):
         before = [path.name for path in list_checkpoints(killed / "checkpoints")]
         attempt = Attempt(killed, moment, dice)
-        known = attempt.known
+        resumptions = resumed(killed)
         attempt.wait()
-        counts[moment, attempt.kill()] += 1
+        counts[moment, attempt.kill(who)] += 1
         cut = any((killed / "checkpoints").glob(".iter_*.partial"))
         counts["unfinished checkpoint left", ""] += cut
         for checkpoint in list_checkpoints(killed / "checkpoints"):
             verify(checkpoint)
         assert all((path / "manifest.json").exists() for path in (killed / "checkpoints").glob("iter_*"))
-        resumed = [row["message"] for row in rows(killed)[known:] if row.get("event") == "resume"]
-        assert resumed == ([f"continues from {before[-1]}"] if before and resumed else [])
+        new = resumed(killed)[len(resumptions) :]
+        assert new == ([f"continues from {before[-1]}"] if before and new else [])
         assert before[-1:] <= [path.name for path in list_checkpoints(killed / "checkpoints")][-1:], "a checkpoint was lost"
     end = max((step for _, step in curve(killed)), default=0) + 4
     for output in (killed, whole):
@@ -142,11 +178,13 @@ def test_kills_in_every_part_of_a_run(tmp_path: Path):
 
 @pytest.mark.soak
 def test_fifty_kills(tmp_path: Path):
-    """Equally many at each moment, in random order. MEGALIGN_KILLS: how many."""
-    kills = int(os.environ.get("MEGALIGN_KILLS", "50"))
+    """Equally many at each moment, in random order. MEGALIGN_KILLS: how many, MEGALIGN_SEED: which."""
+    kills, seed = int(os.environ.get("MEGALIGN_KILLS", "50")), int(os.environ.get("MEGALIGN_SEED", "1"))
     moments = [MOMENTS[i % len(MOMENTS)] for i in range(kills)]
-    random.Random(1).shuffle(moments)
-    counts = kill_again_and_again(tmp_path, moments, seed=1)
-    print(dict(counts))
+    random.Random(seed).shuffle(moments)
+    began = time.monotonic()
+    counts = kill_again_and_again(tmp_path, moments, seed)
+    found = {f"{moment}, {who}" if who else moment: count for (moment, who), count in sorted(counts.items())}
+    print(json.dumps({"seed": seed, "kills": kills, "seconds": round(time.monotonic() - began), "counts": found}))
     assert counts["unfinished checkpoint left", ""] >= kills // 10, counts
     assert {who for _, who in counts} >= {"rank", "launcher"}
