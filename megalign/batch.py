@@ -49,6 +49,30 @@ class Batch:
         return Batch(*(tensor.to(device) for tensor in tensors), max_seqlen=self.max_seqlen)
 
 
+@dataclass
+class Ahead:
+    """What a prediction module of depth k reads and must say at each of the T positions of a batch."""
+
+    tokens: torch.Tensor  # [T] int64; token t + k of the same document
+    labels: torch.Tensor  # [T] int64; label t + k
+    loss_mask: torch.Tensor  # [T] bool; label t + k is scored
+    padding: torch.Tensor  # [T] bool; the document has no token t + k
+
+
+def look_ahead(batch: Batch, depth: int) -> Ahead:
+    """Tokens, labels and masks of `batch` shifted left by `depth` within each document: nothing crosses a boundary.
+
+    A position without token t + k keeps its own token, and is marked as padding; causal attention lets no scored
+    position see it.
+    """
+    here = torch.arange(len(batch.tokens), device=batch.tokens.device)
+    ends = torch.repeat_interleave(batch.cu_seqlens[1:].long(), batch.cu_seqlens.diff().long())
+    there = torch.where(here + depth < ends, here + depth, here)
+    missing = (there == here) | batch.padding[there]
+    there = torch.where(missing, here, there)
+    return Ahead(batch.tokens[there], batch.labels[there], batch.loss_mask[there] & ~missing, missing)
+
+
 def filled_tokens(packs: Sequence[Sequence[Document]], document_multiple: int = 1) -> int:
     """Tokens the documents take, each rounded up to `document_multiple`: the least `pad_to` of `collate`."""
     return sum(_round_up(len(document), document_multiple) for pack in packs for document in pack)

@@ -77,14 +77,14 @@ def block_spec(config: TransformerConfig, implementation: str, vp_stage: int | N
         norm: Any = TENorm
     else:
         dense, experts = (local_layer_spec(config, experts=experts) for experts in (False, True))
-        layers = [experts if is_moe else dense for is_moe in _pattern(config)]
+        layers = [experts if is_moe else dense for is_moe in has_experts(config)]
         norm = norm_of(config)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=layers[first : first + count], layer_norm=norm)
 
 
-def _pattern(config: TransformerConfig) -> list[bool]:
+def has_experts(config: TransformerConfig) -> list[bool]:
     """For each layer of the model, whether it is a mixture of experts."""
     if config.num_moe_experts is None:
         return [False] * config.num_layers

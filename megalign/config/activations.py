@@ -40,7 +40,9 @@ def head_sizes(model: ModelConfig) -> tuple[int, int, int, int]:
 
 
 def has_experts(model: ModelConfig, number: int) -> bool:
-    """Layer `number` (from 0) has experts: all of them, or as Megatron's moe_layer_freq says."""
+    """Layer `number` (from 0) has experts: all of them, or as Megatron's moe_layer_freq says. One inside a prediction
+    module, behind the last, is like the last."""
+    number = min(number, model.num_layers - 1)
     if model.num_moe_experts is None:
         return False
     frequency = getattr(model, "moe_layer_freq", None) or 1
@@ -121,6 +123,19 @@ def _experts(model: ModelConfig, layout: Layout, full: int, width: int) -> list[
         shared = 5 * width * model.moe_shared_expert_intermediate_size / layout.tp
         tensors.append(Kept("shared expert", "shared_experts", shared))
     return tensors
+
+
+def prediction_bytes(recipe: Recipe, layout: Layout, device: str = "cuda", *, recomputed: bool = False) -> float:
+    """Bytes a token that a prediction module keeps besides its layer and its head: two norms, their outputs side by side.
+
+    recomputed: as a whole; then it keeps the embedding ahead, beside the layer's own boundary.
+    """
+    model, width = recipe.model, width_of(recipe)
+    full = layout.tp if recipe.parallel.sequence_parallel else 1
+    inside = 2 * (_inside(model, width, device) * model.hidden_size / full + FP32)
+    if recomputed:
+        return width * model.hidden_size / full
+    return inside + 2 * width * model.hidden_size / full
 
 
 def kept_bytes(recipe: Recipe, layout: Layout, number: int, modules: frozenset[str], device: str = "cuda") -> float:

@@ -15,7 +15,7 @@ from typing import Literal
 
 from megalign.config.activations import FP32, has_experts, head_sizes, width_of
 from megalign.config.layout import Layout
-from megalign.config.memory import replicated_parameters, stage_numbers, stage_parameters
+from megalign.config.memory import prediction_numbers, replicated_parameters, stage_numbers, stage_parameters
 from megalign.config.recompute import recomputed_modules
 from megalign.config.schema import Recipe
 
@@ -68,17 +68,23 @@ def _tensor(recipe: Recipe, layout: Layout, stage: int, tokens: int, scored: flo
         pairs += 1 + second
         once_more = {"moe", "shared_experts"} & modules if experts else {"mlp"} & modules
         repeated += (1 + second) * again + (1 if second and once_more else 0)
-    ends = (stage == 0) + (stage == layout.pp - 1)  # embedding, head
+    modules = len(prediction_numbers(recipe, layout, stage))
+    ends = (stage == 0) + (stage == layout.pp - 1) + 2 * modules  # embedding, head; a prediction module needs both
     if recipe.parallel.sequence_parallel:
         yield Traffic("tensor", "all_gather", "layers", size * (3 * pairs + repeated), layout.tp)
         yield Traffic("tensor", "reduce_scatter", "layers", size * (2 * pairs + repeated), layout.tp)
         yield Traffic("tensor", "all_gather", "embedding and head", size * ends, layout.tp)
         yield Traffic("tensor", "reduce_scatter", "embedding and head", size * ends, layout.tp)
+        # [embedding; hidden] is gathered, for the weight gradient once more; the output too, and its gradient.
+        yield Traffic("tensor", "all_gather", "prediction modules", size * 6 * modules, layout.tp)
+        yield Traffic("tensor", "reduce_scatter", "prediction modules", size * 2 * modules, layout.tp)
     else:
         yield Traffic("tensor", "all_reduce", "layers", size * (2 * pairs + repeated), layout.tp)
         yield Traffic("tensor", "all_reduce", "embedding and head", size * ends, layout.tp)
+        yield Traffic("tensor", "all_reduce", "prediction modules", size * 2 * modules, layout.tp)
+        yield Traffic("tensor", "all_gather", "prediction modules", size * modules, layout.tp)
     if stage == layout.pp - 1:
-        yield Traffic("tensor", "all_reduce", "softmax statistics", 3 * FP32 * tokens * scored * m, layout.tp)
+        yield Traffic("tensor", "all_reduce", "softmax statistics", 3 * FP32 * tokens * scored * m * (1 + modules), layout.tp)
 
 
 def _experts(recipe: Recipe, layout: Layout, stage: int, tokens: int) -> Iterator[Traffic]:
@@ -139,8 +145,8 @@ def _gradients(recipe: Recipe, layout: Layout, rows: int, stage: int) -> Iterato
             yield Traffic(axis, "all_reduce", "gradients", count * FP32, ranks)
     if recipe.parallel.sequence_parallel:
         yield Traffic("tensor", "all_reduce", "gradients of norms and routers", replicated_parameters(recipe, layout, rows, stage) * FP32, layout.tp)
-    if model.share_embeddings_and_output_weights and stage in (0, layout.pp - 1) and layout.pp > 1:
-        yield Traffic("pipeline", "all_reduce", "gradient of the tied table", rows // layout.tp * model.hidden_size * FP32, 2)
+    if (model.share_embeddings_and_output_weights or model.mtp_num_layers) and stage in (0, layout.pp - 1) and layout.pp > 1:
+        yield Traffic("pipeline", "all_reduce", "gradient of the table on two stages", rows // layout.tp * model.hidden_size * FP32, 2)
 
 
 def _recomputed_layers(recipe: Recipe, layout: Layout, layers: int) -> float:

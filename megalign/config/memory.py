@@ -10,11 +10,19 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Literal
 
-from megalign.config.activations import FP32, has_experts, head_bytes, head_sizes, kept_bytes, width_of
-from megalign.config.layout import Layout, layout_of, padded_vocab
+from megalign.config.activations import (
+    FP32,
+    has_experts,
+    head_bytes,
+    head_sizes,
+    kept_bytes,
+    prediction_bytes,
+    width_of,
+)
+from megalign.config.layout import Layout, layers_with_experts, layout_of, padded_vocab
 from megalign.config.recompute import recomputed_modules
 from megalign.config.schema import ModelConfig, Recipe
-from megalign.config.size import count_parameters
+from megalign.config.size import count_parameters, layer_parameters, prediction_parameters
 from megalign.config.stages import stage_layers
 
 Algorithm = Literal["sft", "dpo", "ppo", "grpo"]
@@ -88,10 +96,7 @@ def stage_parameters(recipe: Recipe, layout: Layout, rows: int, stage: int) -> t
     model = recipe.model
     layers, outside = _parts(model.model_dump_json(), rows)
     first, last = stage == 0, stage == layout.pp - 1
-    tied = model.share_embeddings_and_output_weights
-    # A tied table exists on the first stage and, as a copy for the output, on the last.
-    tables = int(first) + int(last and not (tied and first))
-    dense = tables * rows // layout.tp * model.hidden_size
+    dense = tables(recipe, layout, stage) * rows // layout.tp * model.hidden_size
     dense += outside.get("positions", 0) if first else 0
     dense += sum(count for part, count in outside.items() if part not in ("embedding", "positions", "output")) if last else 0
     latent = _replicated_attention(model)
@@ -103,8 +108,17 @@ def stage_parameters(recipe: Recipe, layout: Layout, rows: int, stage: int) -> t
             elif part == "attention":
                 dense += (count - latent) // layout.tp + latent
             else:
-                dense += count // (layout.tp if part in ("mlp", "shared_experts") else 1)
+                dense += count // (layout.tp if part in ("mlp", "shared_experts", "projection") else 1)
     return dense, experts
+
+
+def tables(recipe: Recipe, layout: Layout, stage: int) -> int:
+    """Vocabulary tables of a stage: the embedding on the first, the output on the last. A tied output is the embedding,
+    on another stage a copy of it; prediction modules have a copy of the embedding there."""
+    model, first, last = recipe.model, stage == 0, stage == layout.pp - 1
+    if not last:
+        return int(first)
+    return 1 + int(not model.share_embeddings_and_output_weights and (first or bool(model.mtp_num_layers)))
 
 
 def replicated_parameters(recipe: Recipe, layout: Layout, rows: int, stage: int) -> int:
@@ -115,29 +129,35 @@ def replicated_parameters(recipe: Recipe, layout: Layout, rows: int, stage: int)
 
 
 def stage_numbers(recipe: Recipe, layout: Layout, stage: int) -> list[int]:
-    """Numbers (from 0) of the layers of a stage, in the order of its chunks."""
+    """Numbers (from 0) of the layers of a stage, in the order of its chunks.
+
+    The layers inside prediction modules, on the last stage, are numbered behind the model's own.
+    """
     counts, numbers, at = stage_layers(recipe, layout), [], 0
     for chunk in range(layout.vpp):
         for other in range(layout.pp):
             if other == stage:
                 numbers += range(at, at + counts[other][chunk])
             at += counts[other][chunk]
-    return [number for number in numbers if number < recipe.model.num_layers]
+    numbers = [number for number in numbers if number < recipe.model.num_layers]
+    return numbers + prediction_numbers(recipe, layout, stage)
+
+
+def prediction_numbers(recipe: Recipe, layout: Layout, stage: int) -> list[int]:
+    """Those of them that stand inside prediction modules."""
+    layers, modules = recipe.model.num_layers, recipe.model.mtp_num_layers or 0
+    return list(range(layers, layers + modules)) if stage == layout.pp - 1 else []
 
 
 @lru_cache(maxsize=64)
 def _parts(dumped: str, rows: int) -> tuple[list[dict[str, int]], dict[str, int]]:
-    """Parameters by part of each layer, and of what stands outside the layers: differences of `count_parameters`."""
+    """Parameters by part of each layer, prediction modules behind them, and of what stands outside the layers."""
     model = ModelConfig.model_validate_json(dumped)
-    shorter = [count_parameters(_first_layers(model, count), rows).by_part for count in range(model.num_layers + 1)]
-    layers = [{part: count - low.get(part, 0) for part, count in high.items()} for low, high in zip(shorter, shorter[1:])]
-    return layers, shorter[0]
-
-
-def _first_layers(model: ModelConfig, count: int) -> ModelConfig:
-    frequency = getattr(model, "moe_layer_freq", None)
-    update = {"num_layers": count, **({"moe_layer_freq": frequency[:count]} if isinstance(frequency, list) else {})}
-    return model.model_copy(update=update)
+    layers = [layer_parameters(model, experts=experts) for experts in layers_with_experts(model)]
+    outside = count_parameters(model, rows).by_part
+    outside = {part: count - sum(layer.get(part, 0) for layer in layers) for part, count in outside.items() if part != "mtp"}
+    layers += [prediction_parameters(model)] * (model.mtp_num_layers or 0)
+    return layers, {part: count for part, count in outside.items() if count > 0}
 
 
 def _replicated_attention(model: ModelConfig) -> int:
@@ -191,6 +211,12 @@ def peak_activations(
         one = sum(less[has_experts(model, number)] for number in numbers)
         again = max((whole[experts] - less[experts] for experts in whole), default=0.0)
     head = head_bytes(recipe, layout, rows, tokens, scored, device) if stage == layout.pp - 1 else 0
+    modules = len(prediction_numbers(recipe, layout, stage))
+    uniform = train.recompute_granularity == "full" and train.recompute_method == "uniform"
+    one += modules * prediction_bytes(recipe, layout, device, recomputed=uniform)
+    if modules:  # the last module is computed again while the heads before its own still hold their logits
+        last = full[-1] + prediction_bytes(recipe, layout, device) if uniform else again
+        head = max((1 + modules) * head, modules * head + int(tokens * last) * (again > 0))
     return int(tokens * flying * one + max(tokens * again, head))
 
 
@@ -208,5 +234,5 @@ def _kv_cache(recipe: Recipe, layout: Layout, stage: int) -> int:
     heads, groups, key, value = head_sizes(recipe.model)
     sequences = max(1, recipe.train.global_batch_size // layout.dp)
     groups = max(1, groups // layout.tp)
-    layers = len(stage_numbers(recipe, layout, stage))
+    layers = len(stage_numbers(recipe, layout, stage)) - len(prediction_numbers(recipe, layout, stage))
     return layers * sequences * recipe.data.sequence_length * groups * (key + value) * width_of(recipe)

@@ -190,6 +190,22 @@ def routing(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
         yield Problem("model.moe_layer_freq", "no layer has experts", "set model.num_moe_experts to null", pattern)
 
 
+def prediction(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
+    """A prediction module embeds the token ahead on the last stage, which has a copy of the word embedding and none of
+    a table of positions; a tied head there would be a third copy, without a gradient (language_module.py:210)."""
+    model, train, field = recipe.model, recipe.train, "model.mtp_num_layers"
+    if model.mtp_num_layers is None:
+        return
+    if model.position_embedding_type == "learned_absolute":
+        yield Problem(field, "prediction modules come with rotary positions", "set it to null", model.mtp_num_layers)
+    if model.share_embeddings_and_output_weights and layout.pp > 1:
+        rule = f"with share_embeddings_and_output_weights it needs one stage, and pipeline_model_parallel_size is {layout.pp}"
+        yield Problem(field, rule, "set it to null, or parallel.pipeline_model_parallel_size to 1", model.mtp_num_layers)
+    if model.mtp_loss_scaling_factor == 0 and "mtp" not in train.freeze:
+        rule = "without a loss the modules' weights would only decay"
+        yield Problem("model.mtp_loss_scaling_factor", rule, "add mtp to train.freeze, or raise it", 0.0)
+
+
 def implementation(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
     """Transformer Engine is an extra that needs CUDA."""
     wanted, name = recipe.model.transformer_impl, "transformer_engine"
@@ -197,7 +213,7 @@ def implementation(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
         fix = "set it to local, or install transformer-engine"
         yield Problem("model.transformer_impl", "Transformer Engine is not installed", fix, wanted)
     model = recipe.model
-    special = {"multi_latent_attention": False, "moe_layer_freq": 1, "normalization": "RMSNorm"}
+    special = {"multi_latent_attention": False, "moe_layer_freq": 1, "normalization": "RMSNorm", "mtp_num_layers": None}
     for key, plain in special.items():
         if wanted == name and getattr(model, key) != plain:
             rule = f"its layers here are built for model.{key} {shown(plain)} alone"
@@ -227,4 +243,4 @@ def _divisors(number: int) -> str:
     return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
 
 
-RULES = (heads, positions, widths, experts, implementation, starting_point)
+RULES = (heads, positions, widths, experts, prediction, implementation, starting_point)

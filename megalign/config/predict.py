@@ -18,7 +18,7 @@ from megalign.config.activations import FP32, has_experts, head_sizes, layer_ten
 from megalign.config.communication import Traffic, traffic_of
 from megalign.config.hardware import Device
 from megalign.config.layout import Layout
-from megalign.config.memory import ROWS, Algorithm, stage_numbers, stage_parameters
+from megalign.config.memory import ROWS, Algorithm, stage_numbers, stage_parameters, tables
 from megalign.config.recompute import recomputed_modules
 from megalign.config.schema import Recipe
 
@@ -98,8 +98,7 @@ def microbatch_flops(recipe: Recipe, layout: Layout, rows: int, stage: int, toke
     total = 0.0
     dense, _ = stage_parameters(recipe, layout, rows, stage)
     attention = tokens * heads / tp * (key + value) * (recipe.data.sequence_length if attended is None else attended)
-    tables = int(stage == 0) + int(stage == layout.pp - 1 and not (model.share_embeddings_and_output_weights and layout.pp == 1))
-    weights = dense - tables * rows // tp * model.hidden_size  # of the layers
+    weights = dense - tables(recipe, layout, stage) * rows // tp * model.hidden_size  # of the layers
     for place, number in enumerate(numbers):
         parts = {"core_attn": attention, "": 2.0 * tokens * weights / len(numbers)}
         if has_experts(model, number):
@@ -116,7 +115,7 @@ def microbatch_flops(recipe: Recipe, layout: Layout, rows: int, stage: int, toke
         total += sum(flops * (4 if whole or part in modules else 3) for part, flops in parts.items())
     if stage == layout.pp - 1:
         logits = 2.0 * tokens * scored * rows / tp * model.hidden_size
-        total += logits * (4 if tokens * scored * rows / tp > 2**26 else 3)  # megalign/parallel/vocab.py computes them again
+        total += (1 + (model.mtp_num_layers or 0)) * logits * (4 if tokens * scored * rows / tp > 2**26 else 3)  # megalign/parallel/vocab.py computes them again
     return total
 
 

@@ -86,6 +86,9 @@ class ModelConfig(Section):
     moe_input_jitter_eps: float | None = Field(default=None, ge=0)
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
     moe_expert_capacity_factor: float | None = Field(default=None, gt=0, description="null: no token is dropped")
+    # Multi-token prediction (DeepSeek-V3, arXiv:2412.19437, section 2.2): modules behind the last layer, used in training alone.
+    mtp_num_layers: int | None = Field(default=None, ge=1, description="prediction modules: module k predicts the token k + 1 ahead; null: none")
+    mtp_loss_scaling_factor: float = Field(default=0.1, ge=0, description="weight of the mean of their losses beside the main one")
     transformer_impl: Literal["local", "transformer_engine"] = Field(default="local", description="the layer spec; ours runs everywhere")
 
 

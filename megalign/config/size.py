@@ -16,8 +16,9 @@ from megalign.config.schema import ModelConfig
 class Counts:
     """Parameters of a whole model. `total` is the sum of `by_part`.
 
-    `active` counts what one token is computed with: all of `total` except the experts that its router does not
-    choose. The embedding and output tables count whole (Mixtral's 12.9B and Qwen3's 3.3B are counted so).
+    `active` counts what one token is computed with when text is written: all of `total` except the experts that its
+    router does not choose, and the prediction modules (part `mtp`), which only training uses. The embedding and output
+    tables count whole (Mixtral's 12.9B and Qwen3's 3.3B are counted so).
     """
 
     total: int
@@ -29,30 +30,53 @@ def count_parameters(model: ModelConfig, vocab_size: int) -> Counts:
     """Parameters of `model` with `vocab_size` rows in its tables (`padded_vocab` for what a run holds).
 
     Agrees with the published totals: Llama-3 8.03B and 70.55B, Qwen3-30B-A3B 30.53B, Mixtral-8x7B 46.70B,
-    DeepSeek-V3 671.03B. The routers' expert biases are no parameters and are not counted.
+    DeepSeek-V3 671.03B without its prediction module, which has 11.5B more and shares embedding and head (a copy of
+    both on the hub makes it 685B). The routers' expert biases are no parameters and are not counted.
     """
-    experts = sum(layers_with_experts(model))
-    dense, layers = model.num_layers - experts, model.num_layers
-    width, projections = model.hidden_size, 3 if model.gated_linear_unit else 2
-    table = vocab_size * width
-    bias = int(model.add_bias_linear)
-    norm = width * (2 if model.normalization == "LayerNorm" else 1)
-    expert = projections * width * (model.moe_ffn_hidden_size or model.ffn_hidden_size)
-    count = model.num_moe_experts or 0
+    layers = layers_with_experts(model)
+    dense, experts = (layer_parameters(model, experts=kind) for kind in (False, True))
+    table = vocab_size * model.hidden_size
+    inside = {part: layers.count(False) * dense.get(part, 0) + layers.count(True) * experts.get(part, 0) for part in dense | experts}
     parts = {
         "embedding": table,
-        "positions": width * model.max_position_embeddings if model.position_embedding_type == "learned_absolute" else 0,
-        "attention": layers * _attention(model),
-        "mlp": dense * (projections * width + bias * (projections - 1)) * model.ffn_hidden_size,
-        "router": experts * count * width,
-        "experts": experts * count * expert,
-        "shared_experts": experts * projections * width * (model.moe_shared_expert_intermediate_size or 0),
-        "norms": layers * (2 * norm + _head_norms(model) + 2 * bias * width) + norm,  # and biases added after the sum over tp
+        "positions": model.hidden_size * model.max_position_embeddings if model.position_embedding_type == "learned_absolute" else 0,
+        **{part: inside[part] for part in ("attention", "mlp", "router", "experts", "shared_experts") if part in inside},
+        "norms": inside["norms"] + _norm(model),
         "output": 0 if model.share_embeddings_and_output_weights else table,
+        "mtp": sum(prediction_parameters(model).values()) * (model.mtp_num_layers or 0),
     }
     total = sum(parts.values())
-    idle = experts * max(0, count - model.moe_router_topk) * expert
-    return Counts(total, total - idle, {part: number for part, number in parts.items() if number})
+    return Counts(total, total - parts["mtp"] - layers.count(True) * idle_parameters(model), {part: number for part, number in parts.items() if number})
+
+
+def layer_parameters(model: ModelConfig, *, experts: bool) -> dict[str, int]:
+    """Parameters by part of one layer, with experts or with a dense MLP."""
+    width, projections, bias = model.hidden_size, 3 if model.gated_linear_unit else 2, int(model.add_bias_linear)
+    parts = {"attention": _attention(model), "norms": 2 * _norm(model) + _head_norms(model) + 2 * bias * width}  # and biases added after the sum over tp
+    if not experts:
+        return parts | {"mlp": (projections * width + bias * (projections - 1)) * model.ffn_hidden_size}
+    count = model.num_moe_experts or 0
+    shared = projections * width * (model.moe_shared_expert_intermediate_size or 0)
+    return parts | {"router": count * width, "experts": count * _expert(model), "shared_experts": shared}
+
+
+def prediction_parameters(model: ModelConfig) -> dict[str, int]:
+    """One prediction module: a layer like the last, the projection of [embedding; hidden], three norms."""
+    parts = layer_parameters(model, experts=layers_with_experts(model)[-1])
+    return parts | {"norms": parts["norms"] + 3 * _norm(model), "projection": 2 * model.hidden_size**2}
+
+
+def idle_parameters(model: ModelConfig) -> int:
+    """Of a layer with experts: those that a token does not choose."""
+    return max(0, (model.num_moe_experts or 0) - model.moe_router_topk) * _expert(model)
+
+
+def _expert(model: ModelConfig) -> int:
+    return (3 if model.gated_linear_unit else 2) * model.hidden_size * (model.moe_ffn_hidden_size or model.ffn_hidden_size)
+
+
+def _norm(model: ModelConfig) -> int:
+    return model.hidden_size * (2 if model.normalization == "LayerNorm" else 1)
 
 
 def _attention(model: ModelConfig) -> int:

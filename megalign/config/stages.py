@@ -117,7 +117,7 @@ def _layout_string(recipe: Recipe, layout: Layout, text: str) -> Iterator[Proble
         yield refuse(f"has {len(chunks)} stages, and the layout needs {need}", fix)
     if not (chunks[0].startswith("E") and chunks[-1].endswith("L")):
         yield refuse("the first stage must begin with E and the last end with L", "put E in front and L at the end")
-    heads = getattr(recipe.model, "mtp_num_layers", None) or 0
+    heads = recipe.model.mtp_num_layers or 0
     for letter, wanted, name in (("E", 1, ""), ("L", 1, ""), ("t", recipe.model.num_layers, "num_layers"), ("m", heads, "mtp_num_layers")):
         if (found := joined.count(letter)) != wanted:
             need = f"{name}({wanted})" if name else str(wanted)

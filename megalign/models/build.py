@@ -15,6 +15,7 @@ from megalign.config.schema import ModelConfig, Recipe
 from megalign.models.gpt import DialogueModel
 from megalign.parallel.grid import Grid
 from megalign.parallel.layers import block_spec
+from megalign.parallel.prediction import prediction_spec
 
 ACTIVATIONS: dict[str, Any] = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
 
@@ -57,6 +58,8 @@ def transformer_config(
         init_method_std=model.init_method_std,
         attention_dropout=model.attention_dropout,
         hidden_dropout=model.hidden_dropout,
+        mtp_num_layers=model.mtp_num_layers,
+        mtp_loss_scaling_factor=model.mtp_loss_scaling_factor,
         tensor_model_parallel_size=grid.tensor.size,
         pipeline_model_parallel_size=grid.pipeline.size,
         virtual_pipeline_model_parallel_size=grid.virtual_pipeline,
@@ -170,6 +173,7 @@ def build_chunks(
     chunks = []
     for stage in range(stages):
         vp_stage = stage if grid.virtual_pipeline else None
+        is_last = grid.is_last_stage and stage == stages - 1
         chunk = DialogueModel(
             config,
             block_spec(config, model.transformer_impl, vp_stage),
@@ -177,17 +181,18 @@ def build_chunks(
             real_vocab_size=vocab_size,
             max_sequence_length=model.max_position_embeddings,
             pre_process=grid.is_first_stage and stage == 0,
-            post_process=grid.is_last_stage and stage == stages - 1,
+            post_process=is_last,
             position_embedding_type="yarn" if model.rope_type == "yarn" and not latent else model.position_embedding_type,
             rotary_base=model.rotary_base,  # pyright: ignore[reportArgumentType]
             share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
+            mtp_block_spec=prediction_spec(config) if is_last and model.mtp_num_layers else None,
             pg_collection=grid.process_groups,
             vp_stage=vp_stage,
         )
         if model.rope_type == "llama3":
             _scale_frequencies(chunk, model)
         _tag_experts(chunk)
-        if config.recompute_granularity is not None and chunk.pre_process:
+        if config.recompute_granularity is not None and (chunk.pre_process or chunk.mtp_process):
             chunk.embedding.register_forward_hook(_with_gradient)
         chunks.append(chunk if not torch.cuda.is_available() else chunk.cuda())
     return chunks

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megalign.batch import Batch
+from megalign.batch import Ahead, Batch, look_ahead
 from megalign.parallel.context import context_part, packed_sequences
 from megalign.parallel.grid import Grid
 from megalign.parallel.init import device
@@ -14,10 +14,29 @@ from megalign.parallel.init import device
 
 def scored_logprobs(chunk: Any, batch: Batch, grid: Grid) -> Tensor:
     """Last stage: [2, N] as `DialogueModel` gives them; earlier stages: hidden states for the next one."""
+    return _forward(chunk, batch, grid, ())
+
+
+def logprobs_ahead(chunk: Any, batch: Batch, grid: Grid, depths: int) -> Any:
+    """`scored_logprobs`, and besides those of the prediction modules: on the last stage [[2, N], [2, N_1], ... [2, N_depths]].
+
+    N_k counts the scored tokens whose document has a token k before them. Earlier stages: hidden states.
+    """
+    ahead = [look_ahead(batch, depth) for depth in range(1, depths + 1)]
+    return _forward(chunk, batch, grid, [_part_of(shifted, batch, grid) for shifted in ahead])
+
+
+def _forward(chunk: Any, batch: Batch, grid: Grid, ahead: Any) -> Any:
     to = device()
     packed = packed_sequences(batch.cu_seqlens.to(to), batch.max_seqlen)
     tokens, positions, labels, mask, padding = (
         context_part(x, batch.cu_seqlens, grid).to(to)[None]
         for x in (batch.tokens, batch.position_ids, batch.labels, batch.loss_mask, batch.padding)
     )
-    return chunk(tokens, positions, None, labels=labels, loss_mask=mask, padding_mask=padding, packed_seq_params=packed)
+    return chunk(tokens, positions, None, labels=labels, loss_mask=mask, padding_mask=padding, packed_seq_params=packed, ahead=ahead)
+
+
+def _part_of(shifted: Ahead, batch: Batch, grid: Grid) -> Ahead:
+    """This rank's part, as [1, T]. The shift came first, so that context parallelism has nothing to exchange."""
+    parts = (shifted.tokens, shifted.labels, shifted.loss_mask, shifted.padding)
+    return Ahead(*(context_part(x, batch.cu_seqlens, grid).to(device())[None] for x in parts))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
+from megalign.batch import Ahead
 from megalign.parallel.vocab import vocab_parallel_logprobs
 
 
@@ -21,12 +23,18 @@ class DialogueModel(GPTModel):
     Training: returns [2, N]: log-probability of each of the N scored tokens (FP32), in order, and 1.0 where
     the token was also the most probable. The output layer runs on those N positions alone.
     Without labels: logits, as megatron-core returns them.
+
+    With `ahead`, one entry a prediction module, a list: the above, and the same of every module on the labels ahead.
+    megatron-core would add their loss itself (gpt_model.py:560): logits of all positions, padding rows of the table in
+    the softmax, and each microbatch divided by its own count of tokens. So modules are run here, on the scored
+    positions, and the trainer divides by the count of the global batch. Without `ahead` they are not run at all.
     """
 
     def __init__(self, *args: Any, real_vocab_size: int, **kwargs: Any):
         """real_vocab_size: rows of the tables that stand for tokens; the rest is padding."""
         super().__init__(*args, **kwargs)
         self.real_vocab_size = real_vocab_size
+        self._ahead: Sequence[Ahead] = ()
 
     def bfloat16(self) -> DialogueModel:
         """BF16, except for the routers' expert biases and counts: a step changes a bias by less than BF16 can say,
@@ -38,19 +46,45 @@ class DialogueModel(GPTModel):
             setattr(self.get_submodule(module), own_name, buffer)
         return self
 
-    def forward(self, *args: Any, padding_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, padding_mask: Tensor | None = None, ahead: Sequence[Ahead] = (), **kwargs: Any) -> Any:
         """megatron-core's forward. padding_mask [B, S]: True where the routers' auxiliary losses must not look."""
+        self._ahead = ahead  # for `_postprocess`, which megatron-core calls with arguments of its own
         if self.config.num_moe_experts is None:
             padding_mask = None
         elif padding_mask is not None and self.config.sequence_parallel and not self.pre_process:
             # megatron-core (gpt_model.py:314) cuts the mask to this rank's part of the sequence on the first stage only.
-            padding_mask = padding_mask.chunk(self.pg_collection.tp.size(), dim=1)[self.pg_collection.tp.rank()]
-        return super().forward(*args, padding_mask=padding_mask, **kwargs)
+            padding_mask = self._own_part(padding_mask)
+        try:
+            return super().forward(*args, padding_mask=padding_mask, **kwargs)
+        finally:
+            self._ahead = ()
 
-    def _postprocess(self, hidden_states: Tensor, *args: Any, labels: Tensor | None = None, loss_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        if labels is None or not self.post_process:
-            return super()._postprocess(hidden_states, *args, labels=None, loss_mask=loss_mask, **kwargs)
+    def _postprocess(self, hidden_states: Tensor, *args: Any, labels: Tensor | None = None, loss_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        if not self.post_process:
+            return hidden_states
+        if labels is None:
+            return self._logits(hidden_states, kwargs["runtime_gather_output"], kwargs["inference_context"])
         mask = torch.ones_like(labels, dtype=torch.bool) if loss_mask is None else loss_mask
+        found = self._logprobs(hidden_states, labels, mask)
+        if not self._ahead:
+            return found
+        outputs = [found]
+        for module, ahead in zip(self.mtp.layers, self._ahead, strict=True):
+            embedded = self.embedding(input_ids=ahead.tokens, position_ids=kwargs["position_ids"])
+            padding = None if self.config.num_moe_experts is None else self._own_part(ahead.padding)
+            hidden_states = module(hidden_states, embedded, padding, kwargs["rotary_pos_emb"], kwargs["packed_seq_params"])
+            outputs.append(self._logprobs(hidden_states, ahead.labels, ahead.loss_mask))
+        return outputs
+
+    def _logits(self, hidden_states: Tensor, gather: bool | None, context: Any) -> Tensor:
+        """[B, S, V], or of the last position alone where a generating context wants no more."""
+        if context is not None and not self.training and context.materialize_only_last_token_logits:
+            hidden_states = hidden_states[-1:]
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits, _ = self.output_layer(hidden_states, weight=weight, runtime_gather_output=gather)
+        return logits.transpose(0, 1).contiguous()
+
+    def _logprobs(self, hidden_states: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         group = self.pg_collection.tp
         if self.config.sequence_parallel:
             # Backward: reduce-scatter. Each rank's gradient is that of its own part of the vocabulary.
@@ -63,3 +97,9 @@ class DialogueModel(GPTModel):
         weight: Any = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
         logprobs, correct = vocab_parallel_logprobs(hidden_TD, weight, labels.flatten()[scored], group, self.real_vocab_size)
         return torch.stack([logprobs, correct.float()])
+
+    def _own_part(self, mask_BS: Tensor) -> Tensor:
+        """What of a mask belongs to this rank's part of the sequence."""
+        if not self.config.sequence_parallel:
+            return mask_BS
+        return mask_BS.chunk(self.pg_collection.tp.size(), dim=1)[self.pg_collection.tp.rank()]

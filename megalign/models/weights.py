@@ -83,7 +83,7 @@ def initialise(chunks: Sequence[Any], model: ModelConfig, grid: Grid, seed: int)
 
     def draw(name: str, parameter: Tensor, place: Place) -> Tensor:
         shape = full_shape(name, parameter.shape, place)
-        if name.endswith("layernorm.weight"):
+        if name.endswith(("layernorm.weight", ".enorm.weight", ".hnorm.weight")):
             return torch.ones(shape)
         if name.endswith("bias"):
             return torch.zeros(shape)
@@ -116,8 +116,10 @@ def stream_full(chunks: Sequence[Any], grid: Grid, value: Callable[[Tensor], Ten
     mine = list(named_parameters(chunks, grid) if value else named_weights(chunks, grid))
     gated = all(place.gated for _, _, place in mine)
     tied = any(chunk.share_embeddings_and_output_weights for chunk in map(_unwrapped, chunks))
-    # A tied output layer is the embedding again, kept a second time by the last stage.
-    owned = [name for name, _, _ in mine if _is_owner(name, grid) and not (tied and name == "output_layer.weight")]
+    # A tied output layer is the embedding again, kept a second time by the last stage; so is that of prediction modules.
+    copies = {"output_layer.weight"} if tied else set()
+    copies |= set() if grid.is_first_stage else {"embedding.word_embeddings.weight"}
+    owned = [name for name, _, _ in mine if _is_owner(name, grid) and name not in copies]
     owners: list[Any] = [None] * grid.world
     dist.all_gather_object(owners, owned)
     local = {name: parameter for name, parameter, _ in mine}

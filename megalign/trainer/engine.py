@@ -16,7 +16,7 @@ from megalign.batch import Batch
 from megalign.config.schema import Recipe
 from megalign.losses import Loss
 from megalign.models.build import build_chunks, run_options
-from megalign.models.forward import scored_logprobs
+from megalign.models.forward import logprobs_ahead
 from megalign.models.freeze import freeze
 from megalign.models.pretrained import load_pretrained
 from megalign.models.weights import initialise, named_parameters
@@ -34,10 +34,11 @@ from megalign.parallel.optimizer import (
 from megalign.parallel.placement import place
 from megalign.parallel.reduction import Reduction, attach
 from megalign.parallel.saving import Save
-from megalign.parallel.schedule import forward_backward, from_last_stage, rescale_for_megatron, sum_over
+from megalign.parallel.schedule import forward_backward, from_last_stage, sum_over
 from megalign.parallel.unsynchronised import leave_out
 from megalign.trainer.experts import ExpertWatch
 from megalign.trainer.guard import TrainingStopped, describe_non_finite
+from megalign.trainer.objective import denominators, objective
 from megalign.trainer.phases import MegatronTimers, Phases
 
 # What the last stage returned for a microbatch -> its loss.
@@ -63,6 +64,7 @@ class Engine:
         from megatron.core.transformer.module import Float16Module
 
         self.grid, self.recipe = grid, recipe
+        self._names: dict[int, list[str]] = {}
         seed = recipe.train.seed
         torch.manual_seed(seed + grid.data.rank + 100 * grid.pipeline.rank)
         model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
@@ -155,17 +157,16 @@ class Engine:
 
     def _run(self, microbatches: Sequence[Batch], loss: LossFunction, *, forward_only: bool) -> tuple[StepResult, list[float]]:
         grid = self.grid
-        tokens = torch.tensor(float(sum(int(batch.loss_mask.sum()) for batch in microbatches)), device=device())
-        # The denominator is known, and the same everywhere, before the first forward.
-        global_tokens = max(1.0, sum_over(tokens, grid.data.group).item())
+        model = self.recipe.model
+        depths = (model.mtp_num_layers or 0) if model.mtp_loss_scaling_factor and not forward_only else 0
+        counts = denominators(microbatches, depths, grid)  # known, and the same everywhere, before the first forward
 
         def forward_step(chunk: Any, batch: Batch) -> Any:
-            def to_megatron(output: Tensor) -> Any:
-                result = loss(output, batch)
-                scalar = rescale_for_megatron(result.sum, global_tokens, len(microbatches), grid)
-                return scalar, {"loss": result.sum.detach(), **result.metrics}
+            def to_megatron(output: Any) -> Any:
+                main, ahead = (output[0], output[1:]) if depths else (output, [])
+                return objective(loss(main, batch), ahead, counts, model.mtp_loss_scaling_factor, len(microbatches), grid)
 
-            return scored_logprobs(chunk, batch, grid), to_megatron
+            return logprobs_ahead(chunk, batch, grid, depths), to_megatron
 
         outputs = forward_backward(
             self.chunks,
@@ -175,23 +176,23 @@ class Engine:
             tokens_per_microbatch=len(microbatches[0].tokens),
             forward_only=forward_only,
         )
-        names = self._metric_names(outputs)
+        names = self._metric_names(outputs, depths)
         sums = torch.zeros(len(names), device=device())
         if outputs:
             sums = torch.stack([torch.stack([part[name].float() for part in outputs]).sum() for name in names])
-        sums = from_last_stage(sum_over(sums, grid.data_context.group), grid) / global_tokens
+        sums = from_last_stage(sum_over(sums, grid.data_context.group), grid) / counts.tokens
         means = dict(zip(names, sums.tolist(), strict=True))
         losses = [float(part["loss"]) for part in outputs]
-        return StepResult(means.pop("loss"), int(global_tokens), means), losses
+        return StepResult(means.pop("loss"), int(counts.tokens), means), losses
 
-    def _metric_names(self, outputs: list[dict[str, Any]]) -> list[str]:
-        """The last stage knows them; the others are told, once."""
-        if not hasattr(self, "_names"):
+    def _metric_names(self, outputs: list[dict[str, Any]], depths: int) -> list[str]:
+        """The last stage knows them; the others are told, once, for passes with and without prediction modules."""
+        if depths not in self._names:
             names = [list(outputs[0]) if outputs else None]
             if self.grid.pipeline.size > 1:
                 dist.broadcast_object_list(names, self.grid.last_stage_rank, group=self.grid.pipeline.group)
-            self._names: list[str] = names[0] or []
-        return self._names
+            self._names[depths] = names[0] or []
+        return self._names[depths]
 
     def _stop_if_not_finite(self, losses: list[float], step: int) -> None:
         loss_ok = all(value - value == 0 for value in losses)

@@ -93,8 +93,9 @@ class ExpertWatch:
             total_loss_dict=found,
             force_initialize=True,  # a stage without this loss must still take part in the reduction
             track_names=names,
-            num_layers=config.num_layers,
+            num_layers=config.num_layers + (config.mtp_num_layers or 0),
             moe_layer_freq=config.moe_layer_freq,
+            mtp_num_layers=config.mtp_num_layers if config.moe_layer_freq[-1] else None,
             pg_collection=self.grid.process_groups,
         )
         return {name: float(found[name]) for name in names}

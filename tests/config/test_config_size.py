@@ -37,6 +37,15 @@ def test_published_counts(preset, total, active):
     assert sum(counts.by_part.values()) == counts.total
 
 
+def test_published_counts_of_the_prediction_module():
+    """DeepSeek-V3's README_WEIGHTS: 11.5B of its own; the hub's 685B hold its copies of embedding and head (0.9B each) too."""
+    counts = count_parameters(model_of("deepseek-v3", mtp_num_layers=1), 129280)
+    main = count_parameters(model_of("deepseek-v3"), 129280)
+    assert counts.by_part["mtp"] / 1e9 == pytest.approx(11.5, rel=0.01)
+    assert counts.total - counts.by_part["mtp"] == main.total and counts.active == main.active
+    assert (counts.total + counts.by_part["embedding"] + counts.by_part["output"]) / 1e9 == pytest.approx(685, rel=1e-3)
+
+
 HF = {"num_hidden_layers": 3, "hidden_size": 48, "intermediate_size": 80, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 130}
 OURS = {"num_layers": 3, "hidden_size": 48, "ffn_hidden_size": 80, "num_attention_heads": 4, "num_query_groups": 2}
 MOE = {"num_moe_experts": 5, "moe_router_topk": 2, "moe_ffn_hidden_size": 36}
@@ -151,6 +160,20 @@ def test_ranks_together_hold_the_model(preset, tied):
     experts = parts.get("experts", 0)  # etp is 1: every tensor rank holds all of them
     copies = (tp - 1) * (replicated + experts) + (parts["embedding"] if tied else 0)
     assert held == sum(parts.values()) + copies
+
+
+def test_prediction_modules_stand_on_the_last_stage():
+    """With a copy of the embedding there; their layer is cut like the others, their projection by rows."""
+    plain, given = (recipe("tiny-mla-moe", model={"mtp_num_layers": depth}, tp=2, pp=2, sequence_parallel=True) for depth in (None, 2))
+    without, with_modules = (memory_per_rank(each, 4096) for each in (plain, given))
+    assert with_modules[0]["parameters"] == without[0]["parameters"]
+    model = given.model
+    down = 128 * (model.kv_lora_rank + model.qk_pos_emb_head_dim + (model.q_lora_rank or 0))
+    norms = 5 * 128 + model.kv_lora_rank + (model.q_lora_rank or 0)
+    attention = 64 * 4 * 48 + 32 * 4 * 64 + 4 * 32 * 128  # up projections and output
+    experts, shared, router, projection = 8 * 3 * 128 * 96, 3 * 128 * 96, 8 * 128, 2 * 128 * 128
+    module = norms + router + experts + down + (attention + shared + projection) // 2
+    assert with_modules[1]["parameters"] - without[1]["parameters"] == 2 * module + 4096 // 2 * 128
 
 
 def test_activations_follow_the_schedule():

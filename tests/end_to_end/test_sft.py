@@ -163,3 +163,23 @@ def test_another_model_or_other_data_or_a_strange_folder_is_refused(tmp_path: Pa
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "thesis.tex").write_text("dear")
     assert "thesis.tex" in run(1, sft_checks.train, recipe(tmp_path / "b"))
+
+
+def test_prediction_modules_train_resume_and_move(tmp_path: Path):
+    """Their loss is logged, falls, resumes bitwise on TP2 PP2 EP2, and goes on alike on one rank; evaluation and answers leave them out."""
+    ahead = {"model": {"mtp_num_layers": 1}}
+    whole, half = (
+        recipe(tmp_path / name, parallel=MOE_4, train={"eval_interval": 5, "stop_at_step": stop}, **ahead) for name, stop in (("whole", None), ("halves", 5))
+    )
+    rest = recipe(tmp_path / "halves", parallel=MOE_4, train={"eval_interval": 5}, **ahead)
+    assert run(4, sft_checks.train_all, [whole, half, rest]) == ["", "", ""]
+    names = (*EXACT, "mtp_1_loss", "mtp_1_accuracy")
+    expected = curve(tmp_path / "whole", *names)
+    assert curve(tmp_path / "halves", *names) == expected
+    losses = [line["mtp_1_loss"] for line in metrics(tmp_path / "whole")]
+    assert losses[-1] < losses[0] - 0.1 and all(3 < loss < 7 for loss in losses)
+    assert not any("mtp_1_loss" in line for line in metrics(tmp_path / "whole", "eval"))
+    alone = recipe(tmp_path / "alone", train={"max_steps": 3}, **ahead)
+    assert run(1, sft_checks.train, alone) == ""
+    (_, loss, ahead_loss), *_ = curve(tmp_path / "alone", "loss", "mtp_1_loss")
+    assert (loss, ahead_loss) == pytest.approx((expected[0][1], expected[0][-2]), rel=2e-6)

@@ -112,7 +112,7 @@ class Run:
         sizes = {key: value for key, value in layout.items() if key != "sequence_parallel"}
         self.grid = create_grid(**sizes)
         model_parallel_cuda_manual_seed(1, force_reset_rng=True)
-        config = ModelConfig(**model)
+        self.model = config = ModelConfig(**model)
         sequence_parallel = layout.get("sequence_parallel", False)
         models = build_chunks(config, self.grid, VOCAB, sequence_parallel=sequence_parallel, bf16=bf16, options=options)
         initialise(models, config, self.grid, seed=3)
@@ -147,21 +147,24 @@ class Run:
     def backward(self) -> float:
         """Forward and backward; return the mean loss over all scored tokens."""
         from megalign.losses import cross_entropy_loss
-        from megalign.models.forward import scored_logprobs
+        from megalign.models.forward import logprobs_ahead
         from megalign.parallel.optimizer import zero_gradients
         from megalign.parallel.schedule import (
             forward_backward,
             from_last_stage,
-            rescale_for_megatron,
             sum_over,
         )
+        from megalign.trainer.objective import denominators, objective
+
+        depths = self.model.mtp_num_layers or 0
+        counts = denominators(self.mine, depths, self.grid)
 
         def forward(chunk: Any, batch: Batch) -> Any:
-            def loss(output: torch.Tensor) -> Any:
-                result = cross_entropy_loss(*output)
-                return rescale_for_megatron(result.sum, self.total, len(self.mine), self.grid), {"loss": result.sum.detach()}
+            def loss(output: Any) -> Any:
+                main, ahead = (output[0], output[1:]) if depths else (output, [])
+                return objective(cross_entropy_loss(*main), ahead, counts, self.model.mtp_loss_scaling_factor, len(self.mine), self.grid)
 
-            return scored_logprobs(chunk, batch, self.grid), loss
+            return logprobs_ahead(chunk, batch, self.grid, depths), loss
 
         zero_gradients(self.chunks, self.optimizer)
         tokens = len(self.mine[0].tokens)

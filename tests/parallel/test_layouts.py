@@ -40,6 +40,7 @@ LATENT = {  # DeepSeek-V3
 }  # fmt: skip
 MODELS = {"dense": DENSE, "tied": TIED, "moe": MOE, "allgather": {**MOE, "moe_token_dispatcher_type": "allgather"}}
 MODELS |= {"learned": LEARNED, "biased": BIASED, "latent": LATENT}
+MODELS |= {"mtp": {**LATENT, "mtp_num_layers": 2}, "mtp-dense": {**DENSE, "mtp_num_layers": 1}}
 TP2 = dict(tensor_model_parallel_size=2, sequence_parallel=True)
 PP2 = dict(pipeline_model_parallel_size=2)
 
@@ -61,6 +62,10 @@ CELLS: list[tuple[str, int, dict[str, Any], dict[str, Any]]] = [
     ("latent", 2, TP2, {}),
     ("latent", 2, dict(context_parallel_size=2), {"document_multiple": 4}),
     ("latent", 4, {**TP2, **PP2, "expert_model_parallel_size": 2}, {}),
+    ("mtp", 4, {**TP2, **PP2, "expert_model_parallel_size": 2}, {}),
+    ("mtp", 2, dict(context_parallel_size=2), {"document_multiple": 4}),
+    ("mtp-dense", 2, dict(tensor_model_parallel_size=2), {}),
+    ("mtp-dense", 4, {**PP2, "virtual_pipeline_model_parallel_size": 2}, {}),
 ]
 
 

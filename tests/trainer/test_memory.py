@@ -26,6 +26,7 @@ GPT2 = {
     **DENSE, "num_query_groups": 4, "normalization": "LayerNorm", "activation_func": "gelu_tanh", "gated_linear_unit": False,
     "add_bias_linear": True, "position_embedding_type": "learned_absolute", "share_embeddings_and_output_weights": True,
 }  # fmt: skip
+AHEAD = {**MOE, "mtp_num_layers": 2}
 PARTS = ("weights", "gradients", "masters", "moments", "activations")
 
 
@@ -57,6 +58,8 @@ CASES = {
         case(DENSE, {}, **selective("mlp")),
         case(MOE, {}, **selective("moe")),
         case(MOE, {}, **selective("shared_experts", "layernorm")),
+        case(AHEAD, {}),
+        case(AHEAD, {}, precision="bf16", **UNIFORM),
     ],
     2: [
         case(DENSE, {"tp": 2}),
@@ -66,6 +69,7 @@ CASES = {
     4: [
         case(DENSE, {"tp": 2, "pp": 2, "sp": True}, precision="bf16"),
         case(DENSE, {"tp": 2, "pp": 2}, **UNIFORM),
+        case(AHEAD, {"tp": 2, "pp": 2, "sp": True, "ep": 2}),
         case({**MOE, "num_layers": 5}, {"tp": 2, "pp": 2, "sp": True, "ep": 2, "num_layers_in_first_pipeline_stage": 3}),
     ],
 }  # fmt: skip

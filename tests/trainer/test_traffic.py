@@ -12,6 +12,7 @@ from megalign.config.layout import layout_of, padded_vocab
 from megalign.config.schema import Recipe
 
 PLAIN = {**MOE, "moe_aux_loss_coeff": 0.0}
+AHEAD = {**DENSE, "mtp_num_layers": 1}
 TIED = {**DENSE, "share_embeddings_and_output_weights": True}
 CASES = {
     2: [
@@ -26,6 +27,9 @@ CASES = {
         case(TIED, {"pp": 2}),
         case(DENSE, {"pp": 2, "vpp": 2}),
         case(DENSE, {"use_distributed_optimizer": False}, precision="bf16"),
+        case(AHEAD, {"tp": 2, "sp": True}),
+        case(AHEAD, {"tp": 2}),
+        case({**PLAIN, "mtp_num_layers": 1}, {"pp": 2}),
     ],
     4: [case({**PLAIN, "num_layers": 5}, {"tp": 2, "pp": 2, "sp": True, "ep": 2, "num_layers_in_first_pipeline_stage": 3})],
 }

@@ -14,17 +14,24 @@ from megalign.models.hf.table import EMBEDDING, OUTPUT, ConversionError, Dimensi
 class Conversion:
     """Every Megatron name of a model with the row it came from and its Hugging Face names."""
 
-    def __init__(self, rows: Iterable[Row], dims: Dimensions, drops_mtp: bool = False) -> None:
-        """drops_mtp: weights behind the last layer are prediction modules, which are not loaded (nor by transformers)."""
-        self.dims, self.drops_mtp = dims, drops_mtp
+    def __init__(self, rows: Iterable[Row], dims: Dimensions, mtp_copies: Mapping[str, str] | None = None) -> None:
+        """mtp_copies: names under `model.layers.{layer}.` of a prediction module's own copy of a shared weight, and the
+        Megatron weight. A family that has them keeps its modules behind the last layer; those that the model does not
+        have are left out when it is loaded (as transformers does)."""
+        self.dims, self.has_mtp = dims, mtp_copies is not None
         self.entries: dict[str, tuple[Row, list[str]]] = {}
         for row in rows:
             if dims.tied and row.megatron == OUTPUT or any(0 in shape for shape in row.part_shapes(dims)):
                 continue
-            for layer in dims.layers(row.layers) if "{layer}" in row.megatron else (0,):
+            for layer in dims.layers(row.layers) if "{layer}" in row.megatron or row.layers == "mtp" else (0,):
                 for expert in range(dims.num_experts if "{expert}" in row.megatron else 1):
-                    names = [name.format(layer=layer, expert=expert) for name in row.hf]
-                    self.entries[row.megatron.format(layer=layer, expert=expert)] = (row, names)
+                    numbers = {"layer": layer, "expert": expert, "depth": layer - dims.num_layers}
+                    names = [name.format(**numbers) for name in row.hf]
+                    self.entries[row.megatron.format(**numbers)] = (row, names)
+        self.copies: dict[str, str] = {}  # Hugging Face names: a second copy of a weight, and the weight
+        for name, shared in (mtp_copies or {}).items():
+            source = self.entries[EMBEDDING if dims.tied else shared][1][0]
+            self.copies |= {name.format(layer=layer): source for layer in dims.layers("mtp")}
 
     @property
     def megatron_names(self) -> list[str]:
@@ -45,9 +52,17 @@ class Conversion:
             )
 
     def _is_derived(self, name: str, weights: Mapping[str, Tensor]) -> bool:
-        """Rotary frequencies and causal masks that old files hold, prediction modules, a tied head saved a second time."""
+        """Rotary frequencies and causal masks that old files hold, unused prediction modules, a shared weight saved again."""
         layer = re.match(r"model\.layers\.(\d+)\.", name)
-        if self.drops_mtp and layer and int(layer[1]) >= self.dims.num_layers:
+        if self.has_mtp and layer and int(layer[1]) >= self.dims.num_layers + self.dims.mtp_layers:
+            return True
+        if name in self.copies:
+            source = self.copies[name]
+            if source in weights and not torch.equal(weights[name], weights[source]):
+                raise ConversionError(
+                    f"{name} differs from {source}, which the prediction module shares here: "
+                    "leave model.mtp_num_layers out to load the model without it"
+                )
             return True
         if name.endswith((".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")):
             return True
@@ -95,7 +110,10 @@ class Conversion:
                 raise ConversionError(f"{name} came twice; gather each weight from one rank only")
             seen.add(name)
             _check_shape(name, whole, row.whole_shape(self.dims))
-            yield from zip(names, row.split(whole, self.dims))
+            for part_name, part in zip(names, row.split(whole, self.dims)):
+                yield part_name, part
+                for copy in (copy for copy, source in self.copies.items() if source == part_name):
+                    yield copy, part
         if missing := set(self.entries) - seen:
             raise ConversionError(f"the model is incomplete: {_count(missing, 'missing')}; stream the weights of every rank")
 

@@ -70,10 +70,10 @@ class Family:
     moe: bool = False
     fused: Mapping[str, tuple[str, str]] | None = None  # see fused.py
     prefix: str = ""
-    drops_mtp: bool = False  # see Conversion
+    mtp_copies: Mapping[str, str] | None = None  # see Conversion; None: the format has no prediction modules
 
     def conversion(self, dims: Dimensions) -> Conversion:
-        return Conversion(self.rows, dims, self.drops_mtp)
+        return Conversion(self.rows, dims, self.mtp_copies)
 
     def model_config_from_hf(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """`ModelConfig` fields of a config.json.
@@ -139,6 +139,8 @@ class Family:
         wrong = [f"model.{name} is {getattr(model, name)}, which it needs to be {value}" for name, value in traits.items() if getattr(model, name) != value]
         if bool(model.num_moe_experts) != self.moe:
             wrong.append(f"model.num_moe_experts is {model.num_moe_experts}")
+        if model.mtp_num_layers and self.mtp_copies is None:
+            wrong.append(f"model.mtp_num_layers is {model.mtp_num_layers}, and the format has no prediction modules")
         if not self.moe:
             return wrong
         if not all(layers_with_experts(model)):

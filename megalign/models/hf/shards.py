@@ -118,6 +118,9 @@ CUTS: dict[str, Cut] = {
     "embedding.word_embeddings.weight": Rows,
     "embedding.position_embeddings.weight": Whole,
     **{"decoder.layers.{layer}." + name: cut for name, cut in LAYER_CUTS.items()},
+    **{"mtp.layers.{layer}.transformer_layer." + name: cut for name, cut in LAYER_CUTS.items()},
+    **dict.fromkeys([f"mtp.layers.{{layer}}.{norm}.{part}" for norm in ("enorm", "hnorm", "final_layernorm") for part in ("weight", "bias")], Whole),
+    "mtp.layers.{layer}.eh_proj.weight": Rows,
     "decoder.final_layernorm.weight": Whole,
     "decoder.final_layernorm.bias": Whole,
     "output_layer.weight": Rows,
@@ -164,7 +167,7 @@ def full_from_locals(name: str, locals_: Sequence[Tensor], gated: bool = True) -
 
 def cut_of(name: str, gated: bool = True) -> Cut:
     """The kind of cut of a global name. gated: MLPs are. Raises ConversionError for a name outside the table."""
-    kind = re.sub(r"^(decoder\.layers\.)\d+", r"\1{layer}", name)
+    kind = re.sub(r"^((?:decoder|mtp)\.layers\.)\d+", r"\1{layer}", name)
     kind = re.sub(r"(local_experts\.)\d+", r"\1{expert}", kind)
     if kind not in CUTS:
         raise ConversionError(f"no rule says how {name!r} is cut over tensor-parallel ranks; add it to CUTS in {__name__}")

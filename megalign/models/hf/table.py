@@ -1,10 +1,11 @@
 """A weight conversion is a table: one row for each kind of weight, read in both directions.
 
 A row names a Megatron weight, the Hugging Face weights it is made of and their shapes; its class says how
-several become one. `{layer}` and `{expert}` run over the model's global numbers. Tensors are full here,
+several become one. `{layer}` and `{expert}` run over the model's global numbers; in Hugging Face files prediction
+modules are layers behind the last, and `{depth}` is their number from 0. Tensors are full here,
 never shards (`shards.py` cuts them), and only moved, so a round trip is bitwise.
 
-Shapes: V vocabulary, N learned positions, D hidden, d head size, Q = heads * d query rows, K = groups * d key (or
+Shapes: V vocabulary, N learned positions, D hidden, M = 2 D, d head size, Q = heads * d query rows, K = groups * d key (or
 value) rows, T = Q + 2 K, F width of the dense MLP, E experts, I width of one expert, S of the shared expert.
 Multi-latent attention: R rank of the queries' latent, L of the keys' and values', C = L and the shared rotary key,
 P query rows made from the latent, p query rows made directly, U rows of keys and values, O rows of all value heads.
@@ -43,6 +44,7 @@ class Dimensions:
     tied: bool
     has_experts: tuple[bool, ...]  # of each layer
     sizes: Mapping[str, int]  # of the letters in the module's docstring
+    mtp_layers: int = 0  # prediction modules
 
     @classmethod
     def of(cls, model: ModelConfig, vocab_size: int, padded_vocab_size: int | None = None) -> Dimensions:
@@ -57,16 +59,19 @@ class Dimensions:
         sizes = {"V": vocab_size, "D": model.hidden_size, "d": head_size, "Q": heads * head_size, "K": groups * head_size}
         sizes |= {"F": model.ffn_hidden_size, "E": experts, "I": model.moe_ffn_hidden_size or model.ffn_hidden_size}
         sizes |= {"S": model.moe_shared_expert_intermediate_size or 0, "N": model.max_position_embeddings}
+        sizes["M"] = 2 * model.hidden_size
         sizes["T"] = sizes["Q"] + 2 * sizes["K"]
         query_rows, rank = heads * (model.qk_head_dim + model.qk_pos_emb_head_dim), model.q_lora_rank or 0
         sizes |= {"R": rank, "P": query_rows if rank else 0, "p": 0 if rank else query_rows}
         sizes |= {"L": model.kv_lora_rank, "C": model.kv_lora_rank + model.qk_pos_emb_head_dim}
         sizes |= {"U": heads * (model.qk_head_dim + model.v_head_dim), "O": heads * model.v_head_dim}
         tied = model.share_embeddings_and_output_weights
-        return cls(model.num_layers, groups, experts, vocab_size, padded, tied, tuple(layers_with_experts(model)), sizes)
+        return cls(model.num_layers, groups, experts, vocab_size, padded, tied, tuple(layers_with_experts(model)), sizes, model.mtp_num_layers or 0)
 
     def layers(self, kind: str) -> list[int]:
-        """Numbers of the layers of a `kind`: "all", "dense" or "experts"."""
+        """Numbers of the layers of a `kind`: "all", "dense", "experts", or "mtp", which follow the last."""
+        if kind == "mtp":
+            return list(range(self.num_layers, self.num_layers + self.mtp_layers))
         wanted = {"all": (True, False), "dense": (False,), "experts": (True,)}[kind]
         return [layer for layer, experts in enumerate(self.has_experts) if experts in wanted]
 
@@ -80,7 +85,7 @@ class Row:
 
     megatron: str
     hf: Mapping[str, str]
-    layers: Literal["all", "dense", "experts"] = "all"  # which layers have it
+    layers: Literal["all", "dense", "experts", "mtp"] = "all"  # which layers have it
 
     def part_shapes(self, dims: Dimensions) -> list[tuple[int, ...]]:
         return [dims.shape(letters) for letters in self.hf.values()]
@@ -186,3 +191,9 @@ def under(megatron: str, hf: str, *rows: Row) -> tuple[Row, ...]:
 def only(layers: Literal["dense", "experts"], rows: tuple[Row, ...]) -> tuple[Row, ...]:
     """`rows` of those layers alone, in a model that has both kinds."""
     return tuple(replace(row, layers=layers) for row in rows)
+
+
+def ahead(rows: tuple[Row, ...]) -> tuple[Row, ...]:
+    """`rows` of a decoder layer, as those of the layer inside each prediction module."""
+    inside = {row.megatron: row.megatron.replace("decoder.layers.{layer}.", "mtp.layers.{depth}.transformer_layer.") for row in rows}
+    return tuple(replace(row, megatron=inside[row.megatron], layers="mtp") for row in rows)
