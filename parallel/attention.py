@@ -21,6 +21,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megalign.parallel.varlen import attend
+
 
 class SdpaCoreAttention(MegatronModule):
     """softmax(q k' / sqrt(K) + mask) v, per head (Vaswani et al. 2017, eq. 1).
@@ -96,30 +98,32 @@ class SdpaCoreAttention(MegatronModule):
         if self.context_group.size() > 1:
             return self._packed_with_context(query, key, value, ends)
         lengths = (ends[1:] - ends[:-1]).tolist()
-        outs = []
-        for q, k, v in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True):
-            outs.append(self._attend(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), causal=self.is_causal).squeeze(1))
-        return torch.cat(outs).flatten(1)
+        return self._segments(query, key, value, lengths, lengths)
 
     def _packed_with_context(self, query: Tensor, key: Tensor, value: Tensor, ends: Tensor) -> Tensor:
-        """This rank's chunks of every document against all keys of that document."""
+        """This rank's two chunks of every document, each over the keys of that document up to its own end.
+
+        Chunks r and 2C-1-r of 2C see r + 1 and 2C - r chunks of keys: 2C + 1 on every rank, so the work is even.
+        """
         ranks, rank = self.context_group.size(), self.context_group.rank()
         local = [int(n) // ranks for n in (ends[1:] - ends[:-1]).tolist()]
-        key, value = (self._gather(x) for x in (key, value))
-        outs, start = [], 0
-        for n, q in zip(local, query.split(local), strict=True):
-            half, stride = n // 2, query.shape[0]
+        stride, halves = query.shape[0], [n // 2 for n in local]
+        rows, start = [], 0
+        for n, half in zip(local, halves, strict=True):
             # Rank r holds chunks r and 2C-1-r; chunk c therefore lies at rank min(c, 2C-1-c).
-            chunks = [(c, 0) if c < ranks else (2 * ranks - 1 - c, half) for c in range(2 * ranks)]
-            rows = torch.cat([torch.arange(r * stride + start + at, r * stride + start + at + half) for r, at in chunks])
-            positions = torch.cat(
-                [torch.arange(rank * half, (rank + 1) * half), torch.arange((2 * ranks - 1 - rank) * half, (2 * ranks - rank) * half)]
-            )
-            rows, positions = rows.to(query.device), positions.to(query.device)
-            mask = torch.arange(2 * half * ranks, device=query.device)[None, :] <= positions[:, None] if self.is_causal else None
-            outs.append(self._attend(q.unsqueeze(1), key[rows].unsqueeze(1), value[rows].unsqueeze(1), mask=mask).squeeze(1))
+            places = [(c, 0) if c < ranks else (2 * ranks - 1 - c, half) for c in range(2 * ranks)]
+            chunks = [torch.arange(r * stride + start + at, r * stride + start + at + half) for r, at in places]
+            rows += [*chunks[: rank + 1], *chunks[: 2 * ranks - rank]] if self.is_causal else chunks * 2
             start += n
-        return torch.cat(outs).flatten(1)
+        queries = [half for half in halves for _ in range(2)]
+        seen = (rank + 1, 2 * ranks - rank) if self.is_causal else (2 * ranks, 2 * ranks)
+        keys = [half * chunks for half in halves for chunks in seen]
+        wanted = torch.cat(rows).to(query.device)
+        return self._segments(query, self._gather(key)[wanted], self._gather(value)[wanted], queries, keys)
+
+    def _segments(self, query: Tensor, key: Tensor, value: Tensor, queries: list[int], keys: list[int]) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        return attend(query, key, value, queries, keys, causal=self.is_causal, scale=self.scale, dropout=dropout).flatten(1)
 
     def _gather(self, x: Tensor) -> Tensor:
         return gather_from_sequence_parallel_region(x.contiguous(), tensor_parallel_output_grad=True, group=self.context_group)
