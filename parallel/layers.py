@@ -15,7 +15,6 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
@@ -29,6 +28,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from megalign.parallel.attention import SdpaCoreAttention
+from megalign.parallel.experts import experts_spec
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -102,7 +102,7 @@ def local_layer_spec(config: TransformerConfig, *, experts: bool) -> ModuleSpec:
             self_attention=latent_attention_spec() if config.multi_latent_attention else attention_spec(config),
             self_attn_bda=add,  # pyright: ignore[reportArgumentType]
             pre_mlp_layernorm=norm,
-            mlp=mlp_spec(experts=experts),
+            mlp=mlp_spec(config, experts=experts),
             mlp_bda=add,  # pyright: ignore[reportArgumentType]
         ),
     )
@@ -147,11 +147,11 @@ def latent_attention_spec() -> ModuleSpec:
     )
 
 
-def mlp_spec(*, experts: bool) -> ModuleSpec:
+def mlp_spec(config: TransformerConfig, *, experts: bool) -> ModuleSpec:
     """A dense MLP, or a router with experts and, if configured, the shared expert."""
     linear = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     if not experts:
         return ModuleSpec(module=MLP, submodules=linear)
-    routed = ModuleSpec(module=SequentialMLP, submodules=linear)
+    routed = experts_spec(config.moe_grouped_gemm)
     shared = ModuleSpec(module=SharedExpertMLP, submodules=linear)
     return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=routed, shared_experts=shared))

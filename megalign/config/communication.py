@@ -96,7 +96,7 @@ def _experts(recipe: Recipe, layout: Layout, stage: int, tokens: int) -> Iterato
     own = tokens / (layout.tp if recipe.parallel.sequence_parallel else 1)
     choices = own * model.moe_router_topk * layers * layout.microbatches
     hidden, probabilities = choices * model.hidden_size * width, choices * FP32
-    if model.moe_token_dispatcher_type == "alltoall":
+    if model.moe_token_dispatcher_type != "allgather":
         yield Traffic("expert", "all_to_all", "tokens to experts and back", (2 * hidden + probabilities) * (2 + again), layout.ep)
         etp = layout.etp
         yield Traffic("expert_tensor", "all_gather", "tokens of one expert", etp * ((hidden + probabilities) * (1 + again) + hidden), etp)

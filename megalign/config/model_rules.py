@@ -17,6 +17,7 @@ _NEEDS_EXPERTS = (
     "moe_aux_loss_coeff",
     "moe_z_loss_coeff",
     "moe_input_jitter_eps",
+    "moe_grouped_gemm",
     "moe_expert_capacity_factor",
     "moe_router_enable_expert_bias",
     "moe_router_num_groups",
@@ -213,6 +214,13 @@ def implementation(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
         fix = "set it to local, or install transformer-engine"
         yield Problem("model.transformer_impl", "Transformer Engine is not installed", fix, wanted)
     model = recipe.model
+    if wanted == name and model.moe_grouped_gemm is False:
+        yield Problem("model.moe_grouped_gemm", "Transformer Engine's experts are grouped", "set it to null, or model.transformer_impl to local", False)
+    if model.moe_token_dispatcher_type == "flex":
+        if importlib.util.find_spec("deep_ep") is None:
+            yield Problem("model.moe_token_dispatcher_type", "DeepEP is not installed", "set it to alltoall, or install deep_ep", "flex")
+        elif layout.etp * layout.ep == 1:  # token_dispatcher.py:1346
+            yield Problem("model.moe_token_dispatcher_type", "there is one expert-parallel rank, and nothing to dispatch", "set it to alltoall", "flex")
     special = {"multi_latent_attention": False, "moe_layer_freq": 1, "normalization": "RMSNorm", "mtp_num_layers": None}
     for key, plain in special.items():
         if wanted == name and getattr(model, key) != plain:

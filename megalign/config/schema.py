@@ -84,7 +84,10 @@ class ModelConfig(Section):
     moe_aux_loss_coeff: float = Field(default=0.0, ge=0)
     moe_z_loss_coeff: float | None = Field(default=None, ge=0)
     moe_input_jitter_eps: float | None = Field(default=None, ge=0)
-    moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
+    moe_token_dispatcher_type: Literal["alltoall", "allgather", "flex"] = Field(default="alltoall", description="flex: DeepEP, where it is installed (CUDA)")
+    moe_grouped_gemm: bool | None = Field(
+        default=None, description="all experts of a rank in one grouped matmul of torch, or one after the other; null: grouped on CUDA where torch has it"
+    )
     moe_expert_capacity_factor: float | None = Field(default=None, gt=0, description="null: no token is dropped")
     # Multi-token prediction (DeepSeek-V3, arXiv:2412.19437, section 2.2): modules behind the last layer, used in training alone.
     mtp_num_layers: int | None = Field(default=None, ge=1, description="prediction modules: module k predicts the token k + 1 ahead; null: none")

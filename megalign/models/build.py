@@ -13,7 +13,9 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from megalign.config.layout import layers_with_experts, padded_vocab
 from megalign.config.schema import ModelConfig, Recipe
 from megalign.models.gpt import DialogueModel
+from megalign.parallel.experts import use_grouped
 from megalign.parallel.grid import Grid
+from megalign.parallel.init import device
 from megalign.parallel.layers import block_spec
 from megalign.parallel.prediction import prediction_spec
 
@@ -86,6 +88,9 @@ def transformer_config(
         **(options or {}),
         **_experts(model, grid),
     )
+    if model.num_moe_experts is not None and model.transformer_impl == "local":
+        width = (model.moe_ffn_hidden_size or model.ffn_hidden_size) // grid.expert_tensor.size
+        config.moe_grouped_gemm = use_grouped(model.moe_grouped_gemm, device().type, dtype, model.hidden_size, width)
     if model.rope_type == "yarn" and not model.multi_latent_attention:
         for name, value in _yarn(model).items():  # read by gpt_model.py:179 and attention.py:1102, and no field of the class
             setattr(config, f"yarn_{name}", value)
@@ -117,7 +122,7 @@ def _experts(model: ModelConfig, grid: Grid) -> dict[str, Any]:
         moe_token_dispatcher_type=model.moe_token_dispatcher_type,
         moe_expert_capacity_factor=model.moe_expert_capacity_factor,
         moe_router_dtype="fp32",
-        moe_grouped_gemm=False,
+        moe_grouped_gemm=False,  # said below: here it would ask for Transformer Engine (transformer_config.py:1607)
         expert_tensor_parallel_size=grid.expert_tensor.size,
     )
 

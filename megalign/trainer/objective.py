@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megalign.batch import Batch, look_ahead
-from megalign.losses import TokenLoss
+from megalign.losses import Loss
 from megalign.parallel.grid import Grid
 from megalign.parallel.init import device
 from megalign.parallel.schedule import rescale_for_megatron, sum_over
@@ -40,7 +40,7 @@ def denominators(microbatches: Sequence[Batch], depths: int, grid: Grid) -> Deno
 
 
 def objective(
-    loss: TokenLoss, ahead: Sequence[Tensor], counts: Denominators, scale: float, num_microbatches: int, grid: Grid
+    loss: Loss, ahead: Sequence[Tensor], counts: Denominators, scale: float, num_microbatches: int, grid: Grid
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(what megatron differentiates, sums to be divided by `counts.tokens` and logged).
 
