@@ -29,13 +29,13 @@ grouped_mm: Any = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm"
 
 
 class _ColumnWeight(ColumnParallelLinear):
-    def forward(self) -> Tensor:  # pyright: ignore
+    def forward(self) -> Any:  # pyright: ignore
         """The weight. A call, so that what waits at a module's door (DDP's overlapped gather of weights) is woken."""
         return self.weight
 
 
 class _RowWeight(RowParallelLinear):
-    def forward(self) -> Tensor:  # pyright: ignore
+    def forward(self) -> Any:  # pyright: ignore
         return self.weight
 
 
@@ -45,15 +45,16 @@ class GroupedExperts(SequentialMLP):
     def forward(self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor) -> tuple[Tensor, None]:
         """x [T, D] sorted by expert, rows of each expert [E], probabilities [T] -> [T, D] (partial over expert-tensor ranks)."""
         x, config = permuted_local_hidden_states, self.config
+        experts: Any = self.local_experts
         ends = torch.as_tensor(tokens_per_expert, device=x.device).cumsum(0).to(torch.int32)
-        inner = _GroupedLinear.apply(x, ends, *(expert.linear_fc1() for expert in self.local_experts))
+        inner = _GroupedLinear.apply(x, ends, *(expert.linear_fc1() for expert in experts))
         if config.gated_linear_unit:
             gate, up = inner.chunk(2, dim=-1)
             inner = config.activation_func(gate) * up
         else:
             inner = config.activation_func(inner)
         inner = (inner * permuted_probs.unsqueeze(-1)).to(x.dtype)
-        return _GroupedLinear.apply(inner, ends, *(expert.linear_fc2() for expert in self.local_experts)), None
+        return _GroupedLinear.apply(inner, ends, *(expert.linear_fc2() for expert in experts)), None
 
 
 class _GroupedLinear(torch.autograd.Function):
