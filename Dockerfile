@@ -1,12 +1,18 @@
 # docker build -t megalign .                       for GPUs (the last stage)
-# docker build -t megalign:cpu --target cpu .      for CI without GPUs
+# docker build -t megalign:cpu --target cpu .      for CI without GPUs (.github/workflows/ci.yml):
+# docker run --rm --shm-size 2g megalign:cpu make test MARKS="$(make -s marks) and not data"
 # docker run --gpus all --shm-size 16g -v $PWD:/work -w /work megalign megalign sft recipe.yaml
 
 FROM python:3.11-slim AS cpu
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ENV PIP_NO_CACHE_DIR=1
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install -y --no-install-recommends make git && rm -rf /var/lib/apt/lists/*
 WORKDIR /opt/megalign
 COPY . .
-RUN pip install --no-cache-dir -c constraints-cpu.txt --extra-index-url "$TORCH_INDEX" -e '.[test]'
+# As on any machine: .venv with pinned versions.
+RUN make .venv/.ready TORCH_INDEX="$TORCH_INDEX"
+ENV PATH="/opt/megalign/.venv/bin:$PATH"
 RUN megalign --version && megalign doctor --ranks 2 /tmp
 CMD ["megalign", "--help"]
 

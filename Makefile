@@ -2,6 +2,7 @@
 #
 #   PYTHON=python3.11    which Python (3.10 to 3.12)
 #   TORCH_INDEX=URL      torch's own package index, where the default build would bring several GB of CUDA
+#   MARKS="..."          test: which tests, by pytest's marks; "and not data" leaves out those that read ../shared/data
 #   DATA=file            quickstart: train on this file instead of the built-in dialogues
 #   ARGS="key=value ..." quickstart: changes to the recipe, e.g. data.validation_rows=20 for a small file
 #
@@ -11,11 +12,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+MARKS ?= not soak and not gpu and not oracle
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -q $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test test-gpu oracle soak bench lint clean
+.PHONY: quickstart test marks test-gpu oracle soak bench lint clean
 
 $(READY): pyproject.toml constraints-cpu.txt
 	@echo "installing into $(VENV) ..."
@@ -31,7 +33,10 @@ quickstart: $(READY)
 	@$(BIN)/python launch/quickstart.py $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 test: $(READY) lint
-	$(BIN)/python -m pytest -m "not soak and not gpu and not oracle"
+	$(BIN)/python -m pytest -m "$(MARKS)"
+
+marks:
+	@echo "$(MARKS)"
 
 test-gpu: $(READY)
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu

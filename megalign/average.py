@@ -15,7 +15,7 @@ import torch
 
 from megalign.parallel import checkpoint as files
 from megalign.parallel.init import World
-from megalign.parallel.saving import save
+from megalign.parallel.saving import Save
 from megalign.serving import load_for_inference
 
 
@@ -51,4 +51,4 @@ def average(run: Path, output: Path, last: int, world: World, overrides: list[st
     step = int(newest.name.split("_")[1])
     if engine.grid.is_logger:
         output.mkdir(parents=True)
-    return save(output, step, engine.models, None, meta, engine.grid, copy_tokenizer)
+    return Save(output, step, engine.models, None, meta, engine.grid, copy_tokenizer).finish()

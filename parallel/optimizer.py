@@ -49,31 +49,24 @@ def wrap_data_parallel(
 def create_optimizer(
     chunks: Sequence[Any],
     *,
-    lr: float,
-    weight_decay: float,
-    adam_beta1: float,
-    adam_beta2: float,
-    adam_eps: float,
-    clip_grad: float,
     bf16: bool,
     use_distributed_optimizer: bool,
     overlap_param_gather: bool = False,
+    **adam: float,
 ) -> Any:
-    """Megatron's optimizer over DDP-wrapped chunks: decoupled decay (none on norms and biases), global clip."""
+    """Megatron's optimizer over DDP-wrapped chunks: decoupled decay (none on norms and biases), global clip.
+
+    adam: lr, weight_decay, adam_beta1, adam_beta2, adam_eps and clip_grad, as megatron's OptimizerConfig takes them.
+    """
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     config = OptimizerConfig(
         optimizer="adam",
-        lr=lr,
-        weight_decay=weight_decay,
-        adam_beta1=adam_beta1,
-        adam_beta2=adam_beta2,
-        adam_eps=adam_eps,
-        clip_grad=clip_grad,
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=use_distributed_optimizer,
         overlap_param_gather=overlap_param_gather,
+        **adam,
     )
     return get_megatron_optimizer(config, list(chunks))
 

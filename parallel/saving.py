@@ -42,26 +42,13 @@ from megalign.parallel.grid import Grid
 from megalign.parallel.schedule import any_rank
 
 
-def save(
-    folder: Path,
-    step: int,
-    chunks: Sequence[Any],
-    optimizer: Any | None,
-    meta: dict[str, Any],
-    grid: Grid,
-    extra: Callable[[Path], None] | None = None,
-) -> Path:
-    """Write the checkpoint of `step` into `folder` and wait for it (collective); return its path.
+class Save:
+    """The checkpoint of `step` on its way into `folder`: `Save(...).finish()` on all ranks, one at a time.
 
     extra: called on the writing rank with the unfinished folder, to add files of its own (a tokenizer).
-    Raises CheckpointError on every rank when one could not write; the unfinished folder is removed and no
+    Both raise CheckpointError on every rank when one could not write; the unfinished folder is removed and no
     other checkpoint is touched.
     """
-    return Save(folder, step, chunks, optimizer, meta, grid, extra).finish()
-
-
-class Save:
-    """A checkpoint on its way to the disk. Create it on all ranks, later `finish` it on all ranks; one at a time."""
 
     def __init__(
         self,
@@ -75,7 +62,7 @@ class Save:
         *,
         background: bool = False,
     ):
-        """Plan, and begin to write: with `background` in a thread, else here (collective). For the rest see `save`."""
+        """Plan, and begin to write: with `background` in a thread, else here (collective)."""
         self.grid, self.step = grid, step
         self.final = folder / checkpoint_name(step)
         self.partial = folder / f".{self.final.name}.partial"

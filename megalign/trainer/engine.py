@@ -43,6 +43,7 @@ from megalign.trainer.phases import MegatronTimers, Phases
 
 # What the last stage returned for a microbatch -> its loss.
 LossFunction = Callable[[Tensor, Batch], Loss]
+ADAM = {"lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad"}  # keys that megatron's optimizer has too
 
 
 @dataclass(frozen=True)
@@ -99,18 +100,12 @@ class Engine:
             self.reduction: Reduction = attach(self.chunks, self.placements, grid)
             if parallel.unsynchronised:
                 leave_out(self.chunks, self.placements, grid, parallel.unsynchronised)
-            o = recipe.optimizer
             self.optimizer = create_optimizer(
                 self.chunks,
-                lr=o.lr,
-                weight_decay=o.weight_decay,
-                adam_beta1=o.adam_beta1,
-                adam_beta2=o.adam_beta2,
-                adam_eps=o.adam_eps,
-                clip_grad=o.clip_grad,
                 bf16=bf16,
                 use_distributed_optimizer=parallel.use_distributed_optimizer,
                 overlap_param_gather=parallel.overlap_param_gather,
+                **recipe.optimizer.model_dump(include=ADAM),
             )
 
     def train_step(self, microbatches: Sequence[Batch], loss: LossFunction, lr: float, step: int) -> StepResult:

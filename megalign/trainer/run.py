@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import platform
@@ -201,15 +202,8 @@ def announce(run: RunFolder, world: World, train: Dataset, log: NullLogger) -> N
 
 def grid_of(recipe: Recipe, world: World) -> Grid:
     """The recipe's layout on this world (collective)."""
-    parallel = recipe.parallel
-    return create_grid(
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
-        context_parallel_size=parallel.context_parallel_size,
-        expert_model_parallel_size=parallel.expert_model_parallel_size,
-        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
-    )
+    sizes = inspect.signature(create_grid).parameters.keys()
+    return create_grid(**recipe.parallel.model_dump(include=set(sizes)))
 
 
 def open_logger(run: RunFolder, steps: int, resume_from: Path | None) -> NullLogger:

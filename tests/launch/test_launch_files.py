@@ -46,6 +46,30 @@ def test_dockerfile_keeps_the_images_torch():
     assert f"-c /tmp/image.txt {pin} -e ." in text
 
 
+def test_workflow(tmp_path: Path):
+    """It builds a stage that the Dockerfile has, runs what `.ci/run` runs, and its scripts are sound shell."""
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    assert set(workflow) - {True} == {"name", "permissions", "concurrency", "env", "jobs"}  # YAML 1.1 reads `on` as true
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    (build,) = [step["with"] for step in steps if "docker/build-push-action" in step.get("uses", "")]
+    assert f" AS {build['target']}\n" in (ROOT / "Dockerfile").read_text() and build["load"]
+    marks = subprocess.run(["make", "-s", "marks"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    assert workflow["env"]["MARKS"].startswith(f"{marks}${{{{")
+    scripts = [step["run"] for step in steps if "run" in step]
+    assert len(scripts) == 2 and all('make test' in script and 'MARKS="$MARKS"' in script for script in scripts) and build["tags"] in scripts[0]
+    for number, script in enumerate(scripts):
+        assert "${{" not in script  # an expression pasted into shell is an injection
+        (tmp_path / f"{number}.sh").write_text(f"#!/usr/bin/env bash\n{script}")
+        done = subprocess.run([tool("shellcheck"), str(tmp_path / f"{number}.sh")], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+
+
+def test_real_data_is_marked(request: pytest.FixtureRequest):
+    """Who asks for shared_data is left out by -m "not data"."""
+    for item in request.session.items:
+        assert (item.get_closest_marker("data") is not None) == ("shared_data" in getattr(item, "fixturenames", ())), item
+
+
 def documents(manifest: Path) -> list[dict[str, Any]]:
     return list(yaml.safe_load_all(manifest.read_text()))
 

@@ -41,7 +41,7 @@ def step_save_load_step(model: dict[str, Any], layout: dict[str, Any], folder: P
 
     run = Run(model, layout, distributed=True)
     run.step()
-    saved = saving.save(folder, 1, run.chunks, run.optimizer, {"step": 1}, run.grid)
+    saved = saving.Save(folder, 1, run.chunks, run.optimizer, {"step": 1}, run.grid).finish()
     checkpoint.load(saved, run.chunks, run.optimizer, run.grid, same_generators=True)
     run.step()
     inner = [part.optimizer for part in getattr(run.optimizer, "chained_optimizers", [run.optimizer])]
@@ -225,7 +225,7 @@ def weights_of_checkpoint(model: dict[str, Any], layout: dict[str, Any], options
     run = Run(model, layout, distributed=True, options=options)
     if load is None:
         run.step()
-        load = saving.save(folder, 1, run.chunks, run.optimizer, {"step": 1}, run.grid)
+        load = saving.Save(folder, 1, run.chunks, run.optimizer, {"step": 1}, run.grid).finish()
     else:
         checkpoint.load(load, run.chunks, run.optimizer, run.grid)
     weights = {name: full.clone() for name, full in stream_full(run.chunks, run.grid)}
