@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from megalign.kernels.groups import GroupLayout
-from megalign.kernels.tiles import E4M3, E4M3_MAX, TILE, Fp8Error, Fp8Tensor, round_up
+from megalign.kernels.tiles import E4M3, E4M3_MAX, TILE, Fp8Error, Fp8Tensor, ceil_tiles, round_up
 
 SMALLEST_SCALE = 2.0**-126
 
@@ -56,10 +56,10 @@ def quantise_rows(x: Tensor, *, power_of_two: bool = True) -> Fp8Tensor:
     """Activations x [M, K] in tiles of 1 x 128 along K. For x^T, hand in x.t(): tiles of 128 x 1 of x."""
     check_input(x, (2,))
     rows, columns = x.shape
-    tiles = pad(x.float(), (0, round_up(columns) - columns)).view(rows, -1, TILE)
+    tiles = pad(x.float(), (0, round_up(columns) - columns)).view(rows, ceil_tiles(columns), TILE)
     scale, factor = tile_scale(tiles.abs().amax(-1), power_of_two=power_of_two)
     data = _to_e4m3(tiles, scale[..., None], factor[..., None], power_of_two)
-    data = data.view(rows, -1)
+    data = data.view(rows, round_up(columns))
     _clear_padding(data, columns)
     return Fp8Tensor(data, scale.t().contiguous(), columns, "rows")
 
@@ -74,7 +74,7 @@ def quantise_blocks(w: Tensor, *, power_of_two: bool = True) -> Fp8Tensor:
     check_input(w, (2, 3))
     rows, columns = w.shape[-2:]
     padded = pad(w.float(), (0, round_up(columns) - columns, 0, round_up(rows) - rows))
-    tiles = padded.view(*w.shape[:-2], round_up(rows) // TILE, TILE, -1, TILE)
+    tiles = padded.view(*w.shape[:-2], ceil_tiles(rows), TILE, ceil_tiles(columns), TILE)
     scale, factor = tile_scale(tiles.abs().amax((-1, -3)), power_of_two=power_of_two)
     spread = (..., slice(None), None, slice(None), None)
     data = _to_e4m3(tiles, scale[spread], factor[spread], power_of_two).view(padded.shape)

@@ -29,6 +29,8 @@ ROOT = FOLDER.parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "kernels_sm90"
 QGMMA = re.compile(r"QGMMA\.64x\d+x32\.F32\.E4M3\.E4M3")
 
+SHARED_LIMIT = 227 * 1024
+
 
 @dataclass(frozen=True)
 class Case:
@@ -72,6 +74,8 @@ def violations(case: Case, facts: dict[str, Any]) -> list[str]:
     found = []
     if facts["stack"] or facts["local"]:
         found.append(f"spills: {facts['stack']} bytes of stack, {facts['local']} LDL/STL")
+    if facts["shared"] > SHARED_LIMIT:
+        found.append(f"{facts['shared']} bytes of shared memory; a block on Hopper has {SHARED_LIMIT}")
     if case.fp8_matmul and not facts["qgmma"]:
         found.append("no QGMMA.64x..x32.F32.E4M3.E4M3: the matmul does not run on the FP8 tensor cores")
     wide, narrow = widths(facts["access"])

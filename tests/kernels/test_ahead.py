@@ -78,10 +78,11 @@ def kernel_names(path: Path) -> list[str]:
 
 def test_violations_are_seen():
     case = ahead.Case("x", "m:f", {}, fp8_matmul=True)
-    good = {"stack": 0, "local": 0, "qgmma": 4, "access": {"TMA.UTMALDG": 2, "LDG.32": 1, "STG.128": 4}}
+    good = {"stack": 0, "local": 0, "shared": 1000, "qgmma": 4, "access": {"TMA.UTMALDG": 2, "LDG.32": 1, "STG.128": 4}}
     assert not ahead.violations(case, good)
     assert "spills" in ahead.violations(case, {**good, "stack": 8})[0]
     assert "spills" in ahead.violations(case, {**good, "local": 2})[0]
+    assert "shared memory" in ahead.violations(case, {**good, "shared": 240_000})[0]
     assert "no QGMMA" in ahead.violations(case, {**good, "qgmma": 0})[0]
     assert "global memory" in ahead.violations(case, {**good, "access": {"STG.8": 16, "LDG.128": 2}})[0]
     assert "global memory" in ahead.violations(case, {**good, "access": {"STG.32": 16}})[0]

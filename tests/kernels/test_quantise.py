@@ -8,33 +8,19 @@ from collections.abc import Callable
 import ahead
 import pytest
 import torch
+from checks import assert_equal, check_quantise
 from exact_interpreter import record_launches
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalign.kernels import quantise, reference
-from megalign.kernels.tiles import Fp8Error, Fp8Tensor
+from megalign.kernels.tiles import Fp8Error
 
 SHAPES = [(128, 128), (1, 1), (130, 200), (257, 64), (64, 384)]
 
 
-def assert_equal(got: Fp8Tensor, want: Fp8Tensor) -> None:
-    assert (got.shape, got.tiling) == (want.shape, want.tiling)
-    nan = want.data.float().isnan()
-    assert torch.equal(got.data.float().isnan(), nan)
-    assert torch.equal(got.data.view(torch.uint8)[~nan], want.data.view(torch.uint8)[~nan])
-    torch.testing.assert_close(got.scale, want.scale, rtol=0, atol=0, equal_nan=True)
-
-
 def check_all(x: torch.Tensor) -> None:
-    for got, want in zip(quantise.quantise_rows_both(x), reference.quantise_rows_both(x)):
-        assert_equal(got, want)
-    assert_equal(quantise.quantise_rows(x), reference.quantise_rows(x))
-    for got, want in zip(quantise.quantise_blocks_both(x), reference.quantise_blocks_both(x)):
-        assert_equal(got, want)
-    assert_equal(quantise.quantise_blocks(x), reference.quantise_blocks(x))
-    rows = reference.quantise_rows(x)
-    assert_equal(quantise.retile(rows), reference.retile(rows))
+    check_quantise(quantise, x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
