@@ -84,7 +84,7 @@ def matmul_kernel(
 ):
     tiles_m, tiles_n, all_steps, blocks_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, SPLITS * BLOCK_N), tl.cdiv(K, TILE), tl.cdiv(N, TILE)
     for t in tl.range(tl.program_id(0), tiles_m * tiles_n, programs):
-        tile_m, tile_n = tile_of(t, tiles_m, tiles_n, GROUP_M)
+        tile_m, tile_n = tile_of(t, tiles_m, tiles_n, GROUP_M)  # pyright: ignore[reportGeneralTypeIssues]
         first_m, first_n = tile_m * BLOCK_M, tile_n * SPLITS * BLOCK_N
         m = first_m + tl.arange(0, BLOCK_M)
         steps, w_row = all_steps, 0

@@ -123,11 +123,9 @@ def retile_kernel(
     k = tile_k * TILE + tl.arange(0, TILE)
     q = tl.load(x_ptr + m.to(tl.int64)[:, None] * (tl.cdiv(K, TILE) * TILE) + k[None, :], mask=(m < M)[:, None], other=0.0)
     old = tl.load(x_scale_ptr + tile_k.to(tl.int64) * M + m, mask=m < M, other=0.0)
-    # The padding of a marked tile is zero bytes times a NaN scale; it must not mark the tiles of x^T.
-    inside = (m < M)[:, None] & (k < K)[None, :]
-    x = tl.where(inside, q.to(tl.float32) * old[:, None], 0.0)
+    x = q.to(tl.float32) * old[:, None]
     scale, factor = tile_scale(tl.max(magnitude_bits(x), 0))
-    moved = tl.where(inside, x * factor[None, :], 0.0).to(tl.float8e4nv)
+    moved = tl.where((m < M)[:, None], x * factor[None, :], 0.0).to(tl.float8e4nv)
     tl.store(column_ptr + k.to(tl.int64)[:, None] * (tl.cdiv(M, TILE) * TILE) + m[None, :], tl.trans(moved), mask=(k < K)[:, None])
     tl.store(column_scale_ptr + tile_m.to(tl.int64) * K + k, scale, mask=k < K)
 

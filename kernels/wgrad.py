@@ -70,7 +70,7 @@ def wgrad_kernel(
     tiles = tiles_n * tiles_k
     for t in tl.range(tl.program_id(0), groups * tiles, programs):
         g = t // tiles
-        tile_n, tile_k = tile_of(t % tiles, tiles_n, tiles_k, GROUP_N)
+        tile_n, tile_k = tile_of(t % tiles, tiles_n, tiles_k, GROUP_N)  # pyright: ignore[reportGeneralTypeIssues]
         first_n, first_k = tile_n * BLOCK_N, tile_k * BLOCK_K
         n = first_n + tl.arange(0, BLOCK_N)
         c = first_k + tl.arange(0, BLOCK_K)

@@ -8,7 +8,7 @@ import torch
 
 from megalign.kernels import reference
 from megalign.kernels.groups import GroupLayout
-from megalign.kernels.tiles import Fp8Tensor
+from megalign.kernels.tiles import TILE, Fp8Tensor, ceil_tiles
 
 EXACT, ROUNDED = 1e-6, 2.5e-3  # relative errors of a matmul with FP32 and with BF16 output (fp8.md)
 
@@ -54,8 +54,10 @@ def check_quantise(kernels: ModuleType, x: torch.Tensor) -> None:
 
 
 def uneven(rows: int, columns: int) -> torch.Tensor:
-    """Rows and columns of very different size, so that a wrong scale is a wrong result."""
-    return torch.randn(rows, columns) * torch.exp2(torch.randint(-3, 4, (rows, 1)).float()) * torch.exp2(torch.randint(-3, 4, (1, columns)).float())
+    """Rows, columns and 128 x 128 blocks of very different size, so that a wrong scale is a wrong result."""
+    blocks = torch.exp2(torch.randint(-4, 5, (ceil_tiles(rows), ceil_tiles(columns))).float())
+    blocks = blocks.repeat_interleave(TILE, 0).repeat_interleave(TILE, 1)[:rows, :columns]
+    return torch.randn(rows, columns) * blocks * torch.exp2(torch.randint(-3, 4, (rows, 1)).float()) * torch.exp2(torch.randint(-3, 4, (1, columns)).float())
 
 
 def check_matmul(kernels: ModuleType, m: int, n: int, k: int, config, dtype: torch.dtype = torch.float32) -> None:
@@ -80,6 +82,7 @@ def check_grouped(matmul: ModuleType, wgrad: ModuleType, sizes: list[int], n: in
     """Experts of `sizes` tokens, one by one in float64; unused tiles are zeros, an empty expert's gradient stays."""
     layout = GroupLayout.of(torch.tensor(sizes), sum(sizes))
     x, dy = layout.pad(uneven(sum(sizes), k)), layout.pad(uneven(sum(sizes), n))
+    x[layout.starts[-1] :] = dy[layout.starts[-1] :] = 1  # what no expert owns must not count
     (x_rows, x_t), (_, dy_t) = reference.quantise_rows_both(x), reference.quantise_rows_both(dy)
     w = reference.quantise_blocks(torch.stack([uneven(n, k) for _ in sizes]))
     y = matmul.grouped_matmul(x_rows, w, layout, torch.float32, configs[0])
@@ -114,5 +117,5 @@ def check_promotion(kernels: ModuleType, config) -> None:
 def quantise_inputs() -> list[torch.Tensor]:
     """Small inputs that together reach every rule of quantisation."""
     marked = uneven(130, 200)
-    marked[5, 150] = torch.inf
-    return [uneven(130, 200), uneven(257, 64).bfloat16(), torch.full((4, 130), 464.00003), marked]
+    marked[5, 150] = marked[129, 3] = torch.inf
+    return [uneven(130, 200), uneven(257, 64).bfloat16(), torch.full((4, 130), 464.00003), torch.zeros(3, 130), marked]
