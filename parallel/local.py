@@ -46,7 +46,12 @@ class RankFailure:
     @property
     def is_echo(self) -> bool:
         """True if this rank only lost its neighbour, or was stopped by the launcher."""
-        return self.exit_code == -signal.SIGTERM or bool(_ECHO.search(self.message))
+        return self.exit_code == -signal.SIGTERM or is_echo(self.message)
+
+
+def is_echo(message: str) -> bool:
+    """True if an error says no more than that another rank went away."""
+    return bool(_ECHO.search(message))
 
 
 def launch(arguments: Sequence[str], ranks: int, log_folder: Path) -> int:

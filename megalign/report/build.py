@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import os
 import time
 from collections import Counter
@@ -27,7 +28,7 @@ from megalign.report.run_folder import Row, RunRecord, read_run
 
 HERE = Path(__file__).parent
 SPLIT_KEYS = ("rows_read", "rows_kept", "bad", "truncated", "truncated_away", "tokens", "packs", "fill_share")
-SOURCE_KEYS = ("format", "read", "kept", "bad")
+SOURCE_KEYS = ("format", "rows_read", "rows_kept", "bad")
 REJECTED_KEYS = ("source", "line", "reason")
 MOST_SAMPLES, MOST_EVENTS, MOST_TEXT = 24, 120, 4000
 
@@ -128,7 +129,14 @@ def _matches(samples: list[Row]) -> tuple[int, int]:
 def _changes(recipe: Row) -> list[tuple[str, Any, Any]]:
     """(key, value, default) of every key that is not at its default."""
     defaults = dict(_flat(Recipe.model_validate({}).model_dump(mode="json")))
-    return [(key, value, defaults.get(key)) for key, value in _flat(recipe) if value != defaults.get(key)]
+    return [
+        (key, _yaml(value), _yaml(defaults.get(key))) for key, value in _flat(recipe) if value != defaults.get(key)
+    ]
+
+
+def _yaml(value: Any) -> Any:
+    """A scalar as a recipe spells it."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else value
 
 
 def _flat(tree: Row, prefix: str = "") -> list[tuple[str, Any]]:

@@ -106,7 +106,7 @@ def _amount(run: RunRecord) -> list[Tile]:
         Tile(
             "Wall time",
             duration(summary.get("wall_seconds", seconds or None)),
-            "evaluation and checkpoints included" if "wall_seconds" in summary else "in steps, so far",
+            _what_of_the_time(run, measured="wall_seconds" in summary),
         ),
     ]
     speed, utilisation = _median(run, "tokens_per_second"), _median(run, "mfu")
@@ -114,6 +114,14 @@ def _amount(run: RunRecord) -> list[Tile]:
         mfu = "" if utilisation is None else f", {percent(utilisation)} MFU"
         tiles.append(Tile("Throughput", f"{compact(speed)}/s", f"tokens, median{mfu}"))
     return tiles
+
+
+def _what_of_the_time(run: RunRecord, *, measured: bool) -> str:
+    if not measured:
+        return "in steps, so far"
+    resumed = [event["step"] for event in run.events if event["event"] == "resume"]
+    since = f"since step {resumed[-1]}, where it resumed; " if resumed else ""
+    return f"{since}evaluation and checkpoints included"
 
 
 def _median(run: RunRecord, key: str) -> float | None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
+from megalign.parallel.local import is_echo
 from megalign.report.run_folder import parse_line
 from megalign.trainer.progress import ProgressDisplay
 from megalign.trainer.trackers import Tracker
@@ -116,7 +117,10 @@ class MetricsLogger(NullLogger):
         self._failed = error is not None
         if error is not None and not self._file.closed:
             with contextlib.suppress(OSError):  # the disk may be the reason
-                self.event(getattr(error, "step", self._step), "stop", str(error) or type(error).__name__)
+                message = str(error) or type(error).__name__
+                if is_echo(message):  # gloo's words for it name only a socket
+                    message = "another rank went away; logs/ and the launcher's message say which"
+                self.event(getattr(error, "step", self._step), "stop", message)
         self.close()
 
     def close(self) -> None:

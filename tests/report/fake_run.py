@@ -152,7 +152,7 @@ def _statistics(rows, bad):
         "packs": rows // 4,
         "fill_share": 0.953,
         "sequence_length": 256,
-        "sources": {"data/chats.jsonl": {"format": "messages", "read": rows, "kept": rows - bad, "bad": bad}},
+        "sources": {"data/chats.jsonl": {"format": "messages", "rows_read": rows, "rows_kept": rows - bad, "bad": bad}},
         "fingerprint": "ab" * 32,
     }
 
