@@ -28,9 +28,9 @@ recipes_app = typer.Typer(help="The recipes that come with megalign.", no_args_i
 app.add_typer(data_app, name="data")
 app.add_typer(recipes_app, name="recipes")
 
-RecipeArgument = Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe that comes with megalign.", show_default=False)]
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a recipe that comes with megalign.", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe, e.g. optimizer.lr=1e-4")]
-DataFiles = Annotated[list[Path], typer.Argument(help="Data files, or folders that `datasets` saved.", show_default=False)]
+DataFiles = Annotated[list[Path], typer.Argument(metavar="FILES", help="Data files, or folders that `datasets` saved.", show_default=False)]
 FormatOption = Annotated[str, typer.Option(help="Format of the rows; auto: told by the first of a file.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print parameters, memory, steps and the first row; load no weights.")]
 
@@ -111,7 +111,7 @@ def plan(
 
 @app.command()
 def chat(
-    checkpoint: Annotated[Path, typer.Argument(help="A run folder, or one of its checkpoints.", show_default=False)],
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A run folder, or one of its checkpoints.", show_default=False)],
     overrides: Overrides = None,
     prompt: Annotated[str | None, typer.Option(help="Answer this and end.")] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
@@ -133,8 +133,8 @@ def chat(
 
 @app.command()
 def convert(
-    checkpoint: Annotated[Path, typer.Argument(help="A run folder, or one of its checkpoints.", show_default=False)],
-    folder: Annotated[Path, typer.Argument(help="Hugging Face folder to write.", show_default=False)],
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A run folder, or one of its checkpoints.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Hugging Face folder to write.", show_default=False)],
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
 ) -> None:
     """Write a checkpoint as a Hugging Face folder (safetensors, config, tokenizer)."""
@@ -145,8 +145,8 @@ def convert(
 
 @app.command()
 def average(
-    run: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)],
-    output: Annotated[Path, typer.Argument(help="Folder for the averaged checkpoint.", show_default=False)],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder for the averaged checkpoint.", show_default=False)],
     last: Annotated[int, typer.Option(min=2, help="How many of the newest checkpoints.")] = 2,
 ) -> None:
     """Average the weights of a run's last checkpoints (LAWA); chat and convert take the result."""
@@ -157,7 +157,7 @@ def average(
 
 @app.command()
 def doctor(
-    folder: Annotated[Path, typer.Argument(help="Where runs will be written; on a cluster, a folder all nodes share.")] = Path("."),
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where runs will be written; on a cluster, a folder all nodes share.")] = Path("."),
     ranks: Annotated[int, typer.Option(min=1, help="Local ranks to start; not used inside torchrun, srun or mpirun.")] = 2,
     min_free_gb: Annotated[float, typer.Option(help="Less free space than this is an error.")] = 5.0,
 ) -> None:
@@ -175,7 +175,7 @@ def doctor(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="A run folder, finished or not.", show_default=False)]) -> None:
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, finished or not.", show_default=False)]) -> None:
     """Build report.html of a run again."""
     from megalign.report.build import build_report
 
@@ -184,7 +184,7 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder, finished or n
 
 @data_app.command("preview")
 def data_preview(
-    what: Annotated[str, typer.Argument(help="A recipe, or a data file.", show_default=False)],
+    what: Annotated[str, typer.Argument(metavar="RECIPE_OR_FILE", help="A recipe, or a data file.", show_default=False)],
     overrides: Overrides = None,
     rows: Annotated[int, typer.Option(min=1, help="How many.")] = 3,
     format: FormatOption = "auto",
@@ -254,7 +254,10 @@ def recipes_list() -> None:
 
 
 @recipes_app.command("copy")
-def recipes_copy(name: str, target: Annotated[Path, typer.Argument(help="File to write.")]) -> None:
+def recipes_copy(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="One that `megalign recipes list` names.", show_default=False)],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="File to write.", show_default=False)],
+) -> None:
     """Copy a recipe to change it."""
     from megalign.config.load import find_recipe
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from megalign.models.pretrained import save_pretrained
 from megalign.parallel.checkpoint import CheckpointError, list_checkpoints, read_meta
 from megalign.parallel.init import World
 from megalign.rollout.sampler import SamplingParams
+from megalign.rollout.talk import COMMANDS
 from megalign.trainer.engine import Engine
 from megalign.trainer.run import grid_of
 
@@ -101,7 +103,8 @@ def chat_with(
     tokenizer = stored_tokenizer(checkpoint)
     if world.rank == 0 and prompt is None:
         step = read_meta(checkpoint)["training"]["progress"]["step"]
-        print(f"{checkpoint} (step {step}). /reset, /system TEXT, /quit", flush=True)
+        how = COMMANDS if sys.stdin.isatty() else "each line is a prompt of its own"
+        print(f"{checkpoint} (step {step}). {how}", file=sys.stderr, flush=True)  # line n of stdout answers line n
     run_chat(
         engine.models,
         engine.grid,

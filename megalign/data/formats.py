@@ -81,7 +81,8 @@ def detect(path: str | Path) -> str:
     path = Path(path)
     if kind(path) == ".txt":
         return "text"
-    for _, value in values(path):
+    unusable = None
+    for line, value in values(path):
         if isinstance(value, dict):
             found = next((name for name, tells in _TELLS.items() if tells(value)), None)
             if found:
@@ -91,6 +92,10 @@ def detect(path: str | Path) -> str:
                 f"{path}: format not recognised; keys of the first object: {keys}; formats: {', '.join(FORMATS)}; "
                 "convert the file, or name its format in data.format (or --format)"
             )
+        reason = str(value) if isinstance(value, Unusable) else f"not a JSON object but {type(value).__name__}"
+        unusable = unusable or f"{path}:{line}: {reason}"
+    if unusable:
+        raise DataError(f"{unusable}; no row of the file is a JSON object, and each must be one")
     raise DataError(f"{path}: the file holds no rows; give a file with at least one")
 
 

@@ -165,6 +165,8 @@ def test_bytes_that_are_not_utf8_spoil_one_row(tmp_path, array):
         ),
         ("a.jsonl", "", "the file holds no rows"),
         ("a.json", "[]", "the file holds no rows"),
+        ("a.jsonl", "\nnot json {", "a.jsonl:2: not JSON .*; no row of the file is a JSON object"),
+        ("a.json", "[1, 2]", "a.json:1: not a JSON object but int; no row"),
         ("a.json", '[\n{"text": "a"},\n{"text": }]', r"a.json:3: the JSON array is broken here"),
         ("a.json", '[{"text": "a"}\n{"text": "b"}]', "a.json:1: the JSON array is broken after this row"),
         ("a.json", '[{"text": "a"}', "a.json:1: the JSON array is broken after this row"),

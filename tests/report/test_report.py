@@ -11,6 +11,8 @@ from html.parser import HTMLParser
 import pytest
 from fake_run import HOSTILE, make_run
 
+from megalign.config.schema import Recipe
+from megalign.data.dataset import build_datasets
 from megalign.report.build import build_report, render_report
 from megalign.report.headline import run_status
 from megalign.report.run_folder import read_run
@@ -158,12 +160,30 @@ def test_data_configuration_environment_and_events_are_told(page):
         "Scored tokens 110 k 36.1 %",
         "Filled 95.3 %",
         "chats.jsonl:70",
+        "data/chats.jsonl messages 5,000 4,988 12",
+        "model.num_moe_experts 8 null",
     ):
         assert part in page.words
     assert "parallel.tensor_model_parallel_size 2 1" in page.words and "optimizer.lr 0.001" not in page.words
     assert "layout tp 2, dp 1" in page.words and "gpus 2 x H" in page.words and "/opt/" not in page.words
     assert "command megalign sft recipe.yaml 'data.train=my rows.jsonl'" in page.words
     assert "step 150 resume from iter_0000150" in page.words
+
+
+def test_the_page_shows_the_counts_that_the_data_code_writes(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 5 + [{"messages": []}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = {"train": str(tmp_path / "rows.jsonl"), "validation_rows": 0, "max_bad_share": 1, "tokenizer": {"vocab_size": 300}}
+    train, _ = build_datasets(Recipe.model_validate({"data": data}))
+    folder = make_run(tmp_path / "run", steps=5)
+    (folder / "data.json").write_text(json.dumps({"train": train.statistics}))
+    words = Page(build_report(folder).read_text()).words
+    assert "Rows read 6 Rows kept 5 Unreadable rows 1" in words
+    assert "rows.jsonl messages 6 5 1" in words
+
+
+def test_the_wall_time_says_when_it_counts_from_a_resumption(tmp_path):
+    assert "Wall time 12 min 34 s since step 150, where it resumed" in build(tmp_path / "run").words
 
 
 def test_a_killed_run_is_reported_with_what_there_is(tmp_path):

@@ -145,8 +145,14 @@ def test_an_error_becomes_the_last_event(tmp_path):
     with pytest.raises(KeyboardInterrupt), quiet(tmp_path, resume_step=6) as logger:
         logger.train(7, loss=1.0)
         raise KeyboardInterrupt
+    with pytest.raises(RuntimeError), quiet(tmp_path, resume_step=7):
+        raise RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1:34517]. This is typically caused by ...")
     stops = [(row["step"], row["message"]) for row in lines(tmp_path) if row.get("event") == "stop"]
-    assert stops == [(7, "training stopped at step 7: the loss is nan"), (7, "KeyboardInterrupt")]
+    assert stops == [
+        (7, "training stopped at step 7: the loss is nan"),
+        (7, "KeyboardInterrupt"),
+        (7, "another rank went away; logs/ and the launcher's message say which"),
+    ]
 
 
 def console(terminal=False):
