@@ -11,8 +11,8 @@ in `collate`, and nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -28,6 +28,9 @@ class Document(Protocol):
     @property
     def loss_mask(self) -> np.ndarray: ...  # [T] bool; token t is scored
 
+    @property
+    def values(self) -> Mapping[str, float]: ...  # the same names in every document of a batch
+
     def __len__(self) -> int: ...
 
 
@@ -42,11 +45,18 @@ class Batch:
     position_ids: torch.Tensor  # [T] int64
     cu_seqlens: torch.Tensor  # [n + 1] int32; first 0, last T
     max_seqlen: int
+    values: dict[str, torch.Tensor] = field(default_factory=dict)  # [documents] float64: the documents' own, in order
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
         tensors = (self.tokens, self.labels, self.loss_mask, self.padding, self.position_ids, self.cu_seqlens)
-        return Batch(*(tensor.to(device) for tensor in tensors), max_seqlen=self.max_seqlen)
+        values = {name: value.to(device) for name, value in self.values.items()}
+        return Batch(*(tensor.to(device) for tensor in tensors), max_seqlen=self.max_seqlen, values=values)
+
+    @property
+    def documents(self) -> torch.Tensor:
+        """[documents] indices of the segments that are no padding."""
+        return (~self.padding[self.cu_seqlens[:-1].long()]).nonzero().squeeze(-1)
 
 
 @dataclass
@@ -122,6 +132,8 @@ def collate(
     _add_padding(bounds, total, sequence_length)
 
     lengths = np.diff(bounds)
+    documents = [document for pack in packs for document in pack]
+    names = documents[0].values if documents else ()
     return Batch(
         tokens=torch.from_numpy(tokens),
         labels=torch.from_numpy(labels),
@@ -130,6 +142,7 @@ def collate(
         position_ids=torch.from_numpy(np.arange(total) - np.repeat(bounds[:-1], lengths)),
         cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
         max_seqlen=int(lengths.max()),
+        values={name: torch.tensor([document.values[name] for document in documents], dtype=torch.float64) for name in names},
     )
 
 

@@ -68,6 +68,12 @@ def pretrain(recipe: RecipeArgument, overrides: Overrides = None, dry_run: DryRu
 
 
 @app.command()
+def dpo(recipe: RecipeArgument, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Learn from pairs of answers: DPO and its family (dpo.loss)."""
+    _train("dpo", recipe, overrides or [], dry_run)
+
+
+@app.command()
 def validate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Check a recipe and its layout; print it with every default filled in."""
     from megalign.config.advice import warnings as advice
@@ -286,7 +292,7 @@ def _train(command: str, name: str, overrides: list[str], dry_run: bool) -> None
     if dry_run:
         from megalign.dry_run import dry_run as print_plan
 
-        print_plan(recipe)
+        print_plan(recipe, pairs=command == "dpo")
         return
     from megalign.config.layout import world_size_of
 
@@ -295,8 +301,10 @@ def _train(command: str, name: str, overrides: list[str], dry_run: bool) -> None
         check(recipe, ranks)
 
     def work(world: Any) -> None:
-        from megalign.sft import sft as run
-
+        if command == "dpo":
+            from megalign.dpo import dpo as run
+        else:
+            from megalign.sft import sft as run
         run(recipe, world)
 
     _run_ranks(ranks, Path(recipe.output), work)

@@ -10,16 +10,18 @@ from megalign.config.plan import describe_plan
 from megalign.config.rules import check
 from megalign.config.schema import Recipe
 from megalign.data.dataset import build_datasets
+from megalign.data.pairs import build_pairs
 from megalign.data.preview import coloured
 from megalign.models.resolve import resolve_model
 
 
-def dry_run(recipe: Recipe, console: Console | None = None) -> None:
-    """Check the recipe, read the data, print the plan and the first row. Imports no model code."""
+def dry_run(recipe: Recipe, console: Console | None = None, *, pairs: bool = False) -> None:
+    """Check the recipe, read the data, print the plan and the first row (pairs: both sides). Imports no model code."""
     recipe = resolve_model(recipe)
     ranks = world_size_of(recipe)
     check(recipe, ranks)
-    train, _ = build_datasets(recipe)
+    train, _ = (build_pairs if pairs else build_datasets)(recipe)
     facts = {**train.statistics, "vocab_size": train.tokenizer.vocab_size}
-    first = coloured(train.rows[0][0], train.tokenizer) if len(train) else Text("(no rows)")
+    shown = train.rows[0][: 2 if pairs else 1] if len(train) else []
+    first = Text("\n").join(coloured(example, train.tokenizer) for example in shown) if shown else Text("(no rows)")
     (console or Console(highlight=False)).print(describe_plan(recipe, ranks, facts, first))

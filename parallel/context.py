@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
@@ -33,3 +36,25 @@ def context_part(x_T: Tensor, cu_seqlens: Tensor, grid: Grid) -> Tensor:
         chunks = document.chunk(2 * ranks)
         parts += [chunks[rank], chunks[2 * ranks - 1 - rank]]
     return torch.cat(parts)
+
+
+def sum_over_context(x: Tensor, grid: Grid) -> Tensor:
+    """The sum of every context-parallel rank's `x`, on all of them, for a loss that needs whole documents.
+
+    All ranks then compute the same loss. Each owns 1/C of it (the caller divides by C), so that sums over ranks count it
+    once; the gradient of the whole is then C times that of the own share.
+    """
+    return _SumOverContext.apply(x, grid.context) if grid.context.size > 1 else x  # pyright: ignore[reportReturnType]
+
+
+class _SumOverContext(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Any) -> Tensor:  # pyright: ignore
+        ctx.size = axis.size
+        total = x.clone()
+        dist.all_reduce(total, group=axis.group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
+        return grad * ctx.size, None

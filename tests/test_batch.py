@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
@@ -20,6 +20,7 @@ PAD = 99
 class Doc:
     input_ids: np.ndarray
     loss_mask: np.ndarray
+    values: dict[str, float] = field(default_factory=dict)
 
     def __len__(self):
         return len(self.input_ids)
@@ -134,3 +135,12 @@ def test_to_keeps_everything():
         and moved.cu_seqlens.is_meta
         and moved.max_seqlen == 4
     )
+
+
+def test_values_of_documents_and_where_they_stand():
+    a, b, c = (replace(document, values={"weight": weight, "row": row}) for document, weight, row in ((A, 0.5, 2**40), (B, 1.0, 1), (C, 2.0, 2)))
+    batch = collate([[a, b], [c]], sequence_length=8, pad_id=PAD)
+    assert batch.documents.tolist() == [0, 1, 3], "of the segments; 2 and 4 are padding"
+    assert batch.values["weight"].tolist() == [0.5, 1.0, 2.0] and batch.values["row"].tolist() == [2**40, 1, 2]
+    assert collate([[], []], sequence_length=8, pad_id=PAD).values == {} and len(collate([[]], sequence_length=8, pad_id=PAD).documents) == 0
+    assert batch.to("meta").values["row"].is_meta

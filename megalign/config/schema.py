@@ -246,6 +246,25 @@ class LoggingConfig(Section):
     report: bool = True
 
 
+class DPOConfig(Section):
+    """`megalign dpo`: which loss on pairs, and what it is compared with. Options left out have the loss's own default."""
+
+    loss: Literal[
+        "sigmoid", "cdpo", "robust", "ipo", "ipo_sum", "hinge", "sigmoid_norm", "rpo", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot",
+        "aot_unpaired", "apo_zero", "apo_down", "discopop", "orpo", "simpo", "cpo",
+    ] = Field(default="sigmoid", description="sigmoid: DPO itself; orpo, simpo and cpo need no reference")  # fmt: skip
+    beta: float | None = Field(default=None, gt=0, description="strength of the reference (orpo: lambda); default 0.1, simpo 2")
+    label_smoothing: float | None = Field(default=None, ge=0, lt=1, description="cdpo, robust, exo_pair, aot: share of labels taken as flipped")
+    gamma: float | None = Field(default=None, ge=0, description="simpo: margin that the chosen answer must lead by; default 1")
+    nll_weight: float | None = Field(default=None, ge=0, description="rpo, cpo: weight of -log p of the chosen answer; default 1")
+    reward_shift: float | None = Field(default=None, description="bco_pair: constant taken from both rewards; default 0")
+    tau: float | None = Field(default=None, gt=0, description="discopop: width of the blend; default 0.05")
+    reference: Literal["cached", "model"] = Field(default="cached", description="cached: one pass over the data before training; model: a second model in memory")
+    reference_from: str | None = Field(default=None, description="Hugging Face folder of the reference; default: what the policy starts from")
+    reference_cache: str | None = Field(default=None, description="folder of the reference's log-probs, e.g. shared by runs with other betas; default: reference/ in output")
+    on_collapse: Literal["warn", "stop"] = Field(default="warn", description="when chosen answers become less likely while the loss falls")
+
+
 class Recipe(Section):
     """One run."""
 
@@ -257,4 +276,5 @@ class Recipe(Section):
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
+    dpo: DPOConfig = DPOConfig()
     logging: LoggingConfig = LoggingConfig()

@@ -158,3 +158,23 @@ def _draw(count: int, seed: str, *, held_out: bool) -> list[Conversation]:
         )
 
     return [replace(dialogue(scene()), line=number + 1) for number in range(count)]
+
+
+def wrong(answer: str, shift: int) -> str:
+    """The answer with each food, treasure, hour, bed and number replaced by another of its kind: equally fluent, not true.
+
+    shift: >= 1; which other one.
+    """
+    kinds = (
+        [food for food, _ in ANIMALS.values()],
+        [treasure for _, treasure in ANIMALS.values()],
+        [hour for hour, _ in PLACES.values()],
+        [bed for _, bed in PLACES.values()],
+        list(NUMBERS),
+    )
+    for kind in kinds:
+        for place, word in enumerate(kind):
+            if word in answer:
+                answer = answer.replace(word, kind[(place + 1 + shift % (len(kind) - 1)) % len(kind)])
+                break
+    return answer

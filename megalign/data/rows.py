@@ -201,6 +201,7 @@ class Example:
     input_ids: np.ndarray  # [T] int32
     loss_mask: np.ndarray  # [T] bool
     messages_cut: int = 0  # trailing messages left out so that the row fits
+    values: Mapping[str, float] = field(default_factory=dict)  # what is known of the row: its weight, a reference's log-prob
 
     def __len__(self) -> int:
         return len(self.input_ids)

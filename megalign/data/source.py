@@ -6,15 +6,16 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 from megalign.config.schema import DataConfig
-from megalign.data.formats import detect, read_rows
+from megalign.data.formats import detect, for_training, read_records
 from megalign.data.once import build_once
-from megalign.data.rows import DataError, Row
+from megalign.data.rows import AnyRow, DataError, Row
 
 GRAMMAR = "grammar"  # in the place of a file name: the built-in toy dialogues
 GRAMMAR_ROWS = 10_000  # where data.max_rows gives no number
@@ -28,17 +29,26 @@ class Source:
 
     name: str
     format: str
-    read: Callable[[], Iterator[Row]]
+    read: Callable[[], Iterator[Any]]
     digest: Callable[[Path], str]  # cache folder -> SHA-256 of what `read` depends on
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[Any]:
+        """`Row`s, or what else is taken of the file (`pairs.as_pairs`)."""
         return self.read()
 
 
-def open_source(name: str, data: DataConfig, limit: int | None, seed: int, *, held_out: bool) -> Source:
+Take = Callable[[AnyRow], Sequence[Any]]  # what is learnt from: none, one or several rows of a row in a file
+
+
+def supervised(row: AnyRow) -> list[Row]:
+    """The dialogue to imitate."""
+    return [for_training(row)]
+
+
+def open_source(name: str, data: DataConfig, limit: int | None, seed: int, *, held_out: bool, take: Take = supervised) -> Source:
     """The source called `name` in a recipe, at most `limit` rows of it. DataError where there is none."""
     if name == GRAMMAR:
-        return _grammar(GRAMMAR_ROWS if limit is None else limit, seed, held_out)
+        return _grammar(GRAMMAR_ROWS if limit is None else limit, seed, held_out, take)
     if not Path(name).exists():
         raise DataError(
             f"data file {name!r} does not exist (from {Path.cwd()}); correct data.train or .validation"
@@ -46,23 +56,23 @@ def open_source(name: str, data: DataConfig, limit: int | None, seed: int, *, he
     name = str(Path(name))  # as the rows themselves spell it
     format = detect(name) if data.format == "auto" else data.format
     return Source(
-        name, format, lambda: islice(read_rows(name, format), limit), lambda folder: f"{_file_digest(Path(name), folder)} {limit}"
+        name, format, lambda: islice(chain.from_iterable(map(take, read_records(name, format))), limit), lambda folder: f"{file_digest(Path(name), folder)} {limit}"
     )
 
 
-def _grammar(count: int, seed: int, held_out: bool) -> Source:
+def _grammar(count: int, seed: int, held_out: bool, take: Take) -> Source:
     from megalign.data import grammar
 
     draw = grammar.held_out if held_out else grammar.generate
     drawn = f"{draw.__name__} {count} {seed}"  # the code itself is part of every key
-    return Source(GRAMMAR, "messages", lambda: iter(draw(count, seed)), lambda _: drawn)
+    return Source(GRAMMAR, "messages", lambda: chain.from_iterable(map(take, draw(count, seed))), lambda _: drawn)
 
 
-def _file_digest(path: Path, folder: Path) -> str:
+def file_digest(path: Path, folder: Path) -> str:
     """SHA-256 of a file, or of a folder of files. That of a large one is taken once and remembered under its size and times: no write leaves
     the time of the last change (ctime) as it was, and nobody can set it."""
     if path.is_dir():  # of `datasets`: its files, each under its name
-        parts = (f"{file.relative_to(path)} {_file_digest(file, folder)}" for file in sorted(path.rglob("*")) if file.is_file())
+        parts = (f"{file.relative_to(path)} {file_digest(file, folder)}" for file in sorted(path.rglob("*")) if file.is_file())
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
     stat = path.stat()
     if stat.st_size < LARGE or time.time() - stat.st_ctime < SETTLED:

@@ -12,7 +12,7 @@ import numpy as np
 from megalign.config.schema import DataConfig, Recipe
 from megalign.data.cache import REFUSED, UNREADABLE, Encoded
 from megalign.data.rows import BadRow, DataError, Row
-from megalign.data.source import GRAMMAR, Source, open_source
+from megalign.data.source import GRAMMAR, Source, Take, open_source, supervised
 
 BAD_SHOWN = 5
 
@@ -82,7 +82,7 @@ class Rows:
             yield from piece.rows()
 
 
-def read_splits(recipe: Recipe, look: Callable[[Source], Look] | None = None) -> tuple[Split, Split]:
+def read_splits(recipe: Recipe, look: Callable[[Source], Look] | None = None, take: Take = supervised) -> tuple[Split, Split]:
     """Rows to train on and rows to validate on.
 
     Without `data.validation` the last `data.validation_rows` of data.train are set apart (of each source of a
@@ -93,15 +93,15 @@ def read_splits(recipe: Recipe, look: Callable[[Source], Look] | None = None) ->
     data, seed = recipe.data, recipe.train.seed
     look = look or scan
     if data.mixture is None:
-        train = Split([Part("", 1.0, _read(data.train, data, data.max_rows, seed, look))])
+        train = Split([Part("", 1.0, _read(data.train, data, data.max_rows, seed, look, take))])
     else:
         total = sum(part.weight for part in data.mixture)
-        train = Split([Part(p.name, p.weight / total, _read(p.path, data, data.max_rows, seed, look)) for p in data.mixture])
+        train = Split([Part(p.name, p.weight / total, _read(p.path, data, data.max_rows, seed, look, take)) for p in data.mixture])
     check_bad(train.pieces, data)
     if data.validation is not None or data.validation_rows == 0:
-        return train, read_validation(recipe, look)
+        return train, read_validation(recipe, look, take)
     if data.mixture is None and data.train == GRAMMAR:
-        return train, _validation(_read(GRAMMAR, data, data.validation_rows, seed, look, held_out=True), data)
+        return train, _validation(_read(GRAMMAR, data, data.validation_rows, seed, look, take, held_out=True), data)
     validation = Part("", 1.0)
     for part, count in zip(train.parts, shares_of(data.validation_rows, [part.weight for part in train.parts])):
         part.pieces, apart = _set_apart(part.pieces, count, part.name)
@@ -109,12 +109,12 @@ def read_splits(recipe: Recipe, look: Callable[[Source], Look] | None = None) ->
     return train, Split([validation])
 
 
-def read_validation(recipe: Recipe, look: Callable[[Source], Look]) -> Split:
+def read_validation(recipe: Recipe, look: Callable[[Source], Look], take: Take = supervised) -> Split:
     """The rows of data.validation alone."""
     data = recipe.data
     if data.validation is None:
         return Split()
-    return _validation(_read(data.validation, data, None, recipe.train.seed, look, held_out=True), data)
+    return _validation(_read(data.validation, data, None, recipe.train.seed, look, take, held_out=True), data)
 
 
 def shares_of(count: int, weights: list[float]) -> list[int]:
@@ -152,14 +152,20 @@ def listing(bad: list[BadRow], count: int, total: int | None = None) -> str:
 
 
 def _read(
-    sources: str | list[str], data: DataConfig, max_rows: int | None, seed: int, look: Callable[[Source], Look], held_out: bool = False
+    sources: str | list[str],
+    data: DataConfig,
+    max_rows: int | None,
+    seed: int,
+    look: Callable[[Source], Look],
+    take: Take,
+    held_out: bool = False,
 ) -> list[Piece]:
     pieces: list[Piece] = []
     for name in [sources] if isinstance(sources, str) else sources:
         left = None if max_rows is None else max_rows - sum(piece.stop for piece in pieces)
         if left == 0:
             break
-        source = open_source(name, data, left, seed, held_out=held_out)
+        source = open_source(name, data, left, seed, held_out=held_out, take=take)
         seen = look(source)
         if not len(seen.readable):
             raise DataError(f"{source.name}: the file holds no rows")

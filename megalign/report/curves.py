@@ -21,12 +21,15 @@ SMALL_CHARTS: tuple[tuple[str, str, Callable[[float], str], bool], ...] = (
     ("z_loss", "Router z-loss", number, False),
     ("dropped_tokens", "Assignments dropped for capacity", compact, True),
     ("step_time", "Time per step", duration, True),
+    ("rewards/accuracies", "Pairs ranked as judged", percent, True),
+    ("logps/chosen", "log p of chosen answers", number, False),
+    ("rewards/length_correlation", "Correlation of margin and length difference", number, False),
 )
 
 
 def build_charts(run: RunRecord) -> list[Chart]:
     """The charts that this run has numbers for, the loss first."""
-    charts = [_loss_chart(run)]
+    charts = [_loss_chart(run), _rewards_chart(run)]
     clip = run.section("optimizer").get("clip_grad")
     for key, title, spell, from_zero in SMALL_CHARTS:
         if key == "dropped_tokens" and not any(row.get(key) for row in run.train):
@@ -87,6 +90,12 @@ def _loss_chart(run: RunRecord) -> Chart | None:
         if row["event"] in ("resume", "stop") and row["step"] is not None
     ]
     return line_chart("Loss", curves, wide=True, marks=marks, ring=best)
+
+
+def _rewards_chart(run: RunRecord) -> Chart | None:
+    """Implicit rewards of preference optimisation: a chosen curve that falls is the thing to look for."""
+    names = (("rewards/margins", "margin", 1), ("rewards/chosen", "chosen", 2), ("rewards/rejected", "rejected", 3))
+    return line_chart("Rewards", [_thinned(run.train, key, name, colour) for key, name, colour in names])
 
 
 def _balance_chart(run: RunRecord) -> Chart | None:

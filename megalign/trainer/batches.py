@@ -32,11 +32,12 @@ class Batches:
         microbatches, tokens = [], 0
         for indices in self.sampler.next_step():
             packs = [self.dataset.rows[i] if i >= 0 else [] for i in indices]
-            microbatches.append(self._collate(packs))
+            microbatches.append(self.collate(packs))
             tokens += sum(len(example) for pack in packs for example in pack)
         return microbatches, tokens
 
-    def _collate(self, packs: Sequence[Any]) -> Batch:
+    def collate(self, packs: Sequence[Any]) -> Batch:
+        """One microbatch of these rows."""
         length = self.recipe.data.sequence_length
         pad_to = None
         if not pads_microbatches(self.grid):

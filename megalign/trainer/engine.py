@@ -14,9 +14,8 @@ from torch import Tensor
 
 from megalign.batch import Batch
 from megalign.config.schema import Recipe
-from megalign.losses import Loss
 from megalign.models.build import build_chunks, run_options
-from megalign.models.forward import logprobs_ahead
+from megalign.models.forward import logprobs_ahead, scored_logprobs
 from megalign.models.freeze import freeze
 from megalign.models.pretrained import load_pretrained
 from megalign.models.weights import initialise, named_parameters
@@ -38,22 +37,39 @@ from megalign.parallel.schedule import forward_backward, from_last_stage, sum_ov
 from megalign.parallel.unsynchronised import leave_out
 from megalign.trainer.experts import ExpertWatch
 from megalign.trainer.guard import TrainingStopped, describe_non_finite
-from megalign.trainer.objective import denominators, objective
+from megalign.trainer.objective import Objective, denominators, scalar_and_sums
 from megalign.trainer.phases import MegatronTimers, Phases
 
-# What the last stage returned for a microbatch -> its loss.
-LossFunction = Callable[[Tensor, Batch], Loss]
 ADAM = {"lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad"}  # keys that megatron's optimizer has too
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Means over the scored tokens of the whole global batch, equal on every rank."""
+    """Means over what the objective counts in the whole global batch, equal on every rank."""
 
     loss: float
-    tokens: int
+    tokens: int  # scored
     metrics: dict[str, float]
     grad_norm: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """What a step adds up to: `values` over `count`; a name with # is the count of the metric before it."""
+
+    values: dict[str, float]
+    count: float
+    tokens: float
+
+    def __add__(self, other: _Sums) -> _Sums:
+        values = {name: self.values.get(name, 0.0) + value for name, value in other.values.items()}
+        return _Sums(values, self.count + other.count, self.tokens + other.tokens)
+
+    def means(self, grad_norm: float = 0.0) -> StepResult:
+        means = {
+            name: value / (self.values.get(f"{name}#", self.count) or 1.0) for name, value in self.values.items() if not name.endswith("#")
+        }
+        return StepResult(means.pop("loss"), int(self.tokens), means, grad_norm)
 
 
 class Engine:
@@ -108,34 +124,52 @@ class Engine:
                 **recipe.optimizer.model_dump(include=ADAM),
             )
 
-    def train_step(self, microbatches: Sequence[Batch], loss: LossFunction, lr: float, step: int) -> StepResult:
+    def train_step(self, microbatches: Sequence[Batch], objective: Objective, lr: float, step: int) -> StepResult:
         """Forward, backward, clip, update. Raises TrainingStopped, before the update, on anything not finite."""
         for chunk in self.chunks:
             chunk.train()
         zero_gradients(self.chunks, self.optimizer)
-        result, losses = self._run(microbatches, loss, forward_only=False)
+        sums, losses = self._run(microbatches, objective, forward_only=False)
         if self.recipe.train.nan_guard:
             self._stop_if_not_finite(losses, step)
         with self.phases("optimizer"):
             set_learning_rate(self.optimizer, lr)
             _, grad_norm, _ = self.optimizer.step()
-        return StepResult(result.loss, result.tokens, result.metrics, float(grad_norm or 0.0))
+        return sums.means(float(grad_norm or 0.0))
 
     @torch.no_grad()
-    def evaluate(self, steps: Sequence[Sequence[Batch]], loss: LossFunction) -> StepResult:
+    def evaluate(self, steps: Sequence[Sequence[Batch]], objective: Objective) -> StepResult:
         """Mean loss over all batches, each a list of microbatches; the model is left as it was."""
         for chunk in self.chunks:
             chunk.eval()
-        total, tokens, metrics = 0.0, 0, {}
+        total = _Sums({"loss": 0.0}, 0.0, 0.0)
         with self.phases("eval"), self._deterministic_routing():
             for microbatches in steps:
-                result, _ = self._run(microbatches, loss, forward_only=True)
-                total, tokens = total + result.loss * result.tokens, tokens + result.tokens
-                for name, value in result.metrics.items():
-                    metrics[name] = metrics.get(name, 0.0) + value * result.tokens
+                total += self._run(microbatches, objective, forward_only=True)[0]
         for chunk in self.chunks:
             chunk.train()
-        return StepResult(total / max(1, tokens), tokens, {name: value / max(1, tokens) for name, value in metrics.items()})
+        return total.means()
+
+    @torch.no_grad()
+    def score(self, microbatches: Sequence[Batch], read: Callable[[Tensor, Batch], Tensor]) -> list[Tensor]:
+        """`read` of what the last stage returns for each microbatch (last stage; none on the others). The model is left as it was."""
+        modes = [chunk.training for chunk in self.chunks]
+        for chunk in self.chunks:
+            chunk.eval()
+
+        def forward_step(chunk: Any, batch: Batch) -> Any:
+            def to_megatron(output: Tensor) -> Any:
+                return output.sum(), {"found": read(output, batch)}
+
+            return scored_logprobs(chunk, batch, self.grid), to_megatron
+
+        with self._deterministic_routing():
+            outputs = forward_backward(
+                self.chunks, microbatches, forward_step, grid=self.grid, tokens_per_microbatch=len(microbatches[0].tokens), forward_only=True
+            )
+        for chunk, mode in zip(self.chunks, modes):
+            chunk.train(mode)
+        return [part["found"] for part in outputs]
 
     @contextlib.contextmanager
     def _deterministic_routing(self) -> Iterator[None]:
@@ -150,16 +184,19 @@ class Engine:
             for name, value in kept.items():
                 setattr(self.config, name, value)
 
-    def _run(self, microbatches: Sequence[Batch], loss: LossFunction, *, forward_only: bool) -> tuple[StepResult, list[float]]:
+    def _run(self, microbatches: Sequence[Batch], objective: Objective, *, forward_only: bool) -> tuple[_Sums, list[float]]:
         grid = self.grid
         model = self.recipe.model
-        depths = (model.mtp_num_layers or 0) if model.mtp_loss_scaling_factor and not forward_only else 0
-        counts = denominators(microbatches, depths, grid)  # known, and the same everywhere, before the first forward
+        wanted = objective.predict_ahead and model.mtp_loss_scaling_factor and not forward_only
+        depths = (model.mtp_num_layers or 0) if wanted else 0
+        if objective.prepare is not None:
+            objective.prepare(microbatches)
+        counts = denominators(microbatches, objective.count, depths, grid)  # known, and the same everywhere, before the first forward
 
         def forward_step(chunk: Any, batch: Batch) -> Any:
             def to_megatron(output: Any) -> Any:
                 main, ahead = (output[0], output[1:]) if depths else (output, [])
-                return objective(loss(main, batch), ahead, counts, model.mtp_loss_scaling_factor, len(microbatches), grid)
+                return scalar_and_sums(objective.loss(main, batch), ahead, counts, model.mtp_loss_scaling_factor, len(microbatches), grid)
 
             return logprobs_ahead(chunk, batch, grid, depths), to_megatron
 
@@ -175,10 +212,9 @@ class Engine:
         sums = torch.zeros(len(names), device=device())
         if outputs:
             sums = torch.stack([torch.stack([part[name].float() for part in outputs]).sum() for name in names])
-        sums = from_last_stage(sum_over(sums, grid.data_context.group), grid) / counts.tokens
-        means = dict(zip(names, sums.tolist(), strict=True))
+        sums = from_last_stage(sum_over(sums, grid.data_context.group), grid)
         losses = [float(part["loss"]) for part in outputs]
-        return StepResult(means.pop("loss"), int(counts.tokens), means), losses
+        return _Sums(dict(zip(names, sums.tolist(), strict=True)), counts.count, counts.tokens), losses
 
     def _metric_names(self, outputs: list[dict[str, Any]], depths: int) -> list[str]:
         """The last stage knows them; the others are told, once, for passes with and without prediction modules."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +12,19 @@ from megalign.data.mixture import MixtureSampler
 from megalign.parallel.preempt import Preempted, StopSignals
 from megalign.parallel.schedule import any_rank
 from megalign.trainer.checkpoints import Checkpoints
-from megalign.trainer.engine import Engine, LossFunction
+from megalign.trainer.engine import Engine
 from megalign.trainer.metrics import NullLogger
 from megalign.trainer.mfu import Speed
+from megalign.trainer.objective import Objective
 from megalign.trainer.profile import Instruments
-from megalign.trainer.training import Progress, Training
+from megalign.trainer.training import Monitor, Progress, Training
 
 
 def fit(
     engine: Engine,
     train: Dataset,
     validation: Dataset,
-    loss: LossFunction,
+    objective: Objective,
     *,
     log: NullLogger,
     checkpoints: Checkpoints,
@@ -34,15 +35,19 @@ def fit(
     peak_flops: float,
     stop: StopSignals,
     generate: Callable[[int], dict[str, float]] | None = None,
+    monitors: Mapping[str, Monitor] | None = None,
 ) -> Progress:
     """Train to the end of the recipe, or until a stopping rule holds; return where the run stands.
 
     generate: called with the step at each evaluation, on every rank; its metrics are logged with the loss.
+    monitors: of the algorithm; each sees every step.
 
     Raises TrainingStopped (a guard) and CheckpointError (a full disk); the last complete checkpoint stays. Raises
     Preempted on every rank, with the step saved, once one of them has received a stop signal.
     """
-    run = Training(engine, train, validation, loss, log=log, checkpoints=checkpoints, identity=identity, generate=generate)
+    run = Training(
+        engine, train, validation, objective, log=log, checkpoints=checkpoints, identity=identity, generate=generate, monitors=monitors
+    )
     config, grid = engine.recipe.train, engine.grid
     speed = Speed(flops_per_token, peak_flops, log)
     started = time.monotonic()
@@ -65,7 +70,7 @@ def fit(
             num_tokens=run.progress.tokens,
             epoch=round(run.batches.sampler.progress, 4),
             **speed.of_step(at, step.tokens, seconds),
-            **step.result.metrics,
+            **step.metrics,
             **step.routing,
         )
         instruments.after_step(at, seconds)

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -65,7 +66,9 @@ class RunFolder:
             raise RunError(f"output: {self.path} holds a run (last checkpoint {found[-1].name}); set resume=true to continue it, or choose another output")
         return found[-1]
 
-    def datasets(self, resume_from: Path | None) -> tuple[Dataset, Dataset]:
+    def datasets(
+        self, resume_from: Path | None, build: Callable[[Recipe], tuple[Dataset, Dataset]] = build_datasets
+    ) -> tuple[Dataset, Dataset]:
         """Read the data on every rank; a tokenizer that must be trained is trained on one, and kept for resumption."""
         recipe = self.recipe.model_copy(deep=True)
         if recipe.data.tokenizer.path is None and recipe.model.init_from is None:
@@ -73,7 +76,7 @@ class RunFolder:
                 make_tokenizer(recipe, read_splits(recipe)[0].rows).save(self.tokenizer)
             dist.barrier()
             recipe.data.tokenizer.path = str(self.tokenizer)
-        train, validation = build_datasets(recipe)
+        train, validation = build(recipe)
         check_vocabulary(self.recipe, train.tokenizer.vocab_size)
         if self.grid.is_logger and recipe.data.tokenizer.path != str(self.tokenizer):
             train.tokenizer.save(self.tokenizer)
@@ -107,6 +110,7 @@ _OWN = {"recipe.yaml", "environment.json", "data.json", "metrics.jsonl", "metric
     "tensorboard",
     "report.html",
     "checkpoints",
+    "reference",
 }
 
 
@@ -172,6 +176,11 @@ def check_identity(checkpoint: Path, now: dict[str, Any]) -> None:
     for key in ("tokenizer", "template", "template_hash", "vocab_size"):
         if saved[key] != now[key]:
             raise RunError(f"{checkpoint} was trained with another {key.replace('_', ' ')} ({saved[key]!r}, here {now[key]!r}); text would be rendered into other tokens")
+    if saved.get("reference") != now.get("reference"):
+        raise RunError(
+            f"{checkpoint} was trained against another reference: the files it was loaded from have changed, or the loss compares with none; "
+            "restore model.init_from, dpo.reference_from and dpo.loss, or choose another output"
+        )
     if saved["training_rows"] != now["training_rows"]:
         raise RunError(f"{checkpoint} was trained on other rows: its position in the data would mean nothing here; restore data.*, or choose another output")
 

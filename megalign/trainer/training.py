@@ -6,10 +6,10 @@ The order in which they happen is the loop's (`trainer/loop.py`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -21,9 +21,10 @@ from megalign.parallel.init import device
 from megalign.parallel.schedule import sum_over
 from megalign.trainer.batches import Batches
 from megalign.trainer.checkpoints import Checkpoints
-from megalign.trainer.engine import Engine, LossFunction, StepResult
+from megalign.trainer.engine import Engine, StepResult
 from megalign.trainer.guard import ClipAlarm, SpikeGuard, TrainingStopped, expert_collapse
 from megalign.trainer.metrics import NullLogger
+from megalign.trainer.objective import Objective, scored_tokens
 from megalign.trainer.schedule import learning_rate
 
 EXPERT_LOAD_INTERVAL = 10  # steps between looks at the routers
@@ -58,24 +59,45 @@ class Step:
     learning_rate: float
     tokens: int  # non-padding, of the whole global batch
     routing: dict[str, Any]
+    metrics: dict[str, float]  # those to log, of the loss and of the monitors
+    warnings: list[str]  # of the monitors
+
+
+class Monitor(Protocol):
+    """Watches the steps of an algorithm. May raise TrainingStopped; its state is saved, so that a resumed run fires alike."""
+
+    def observe(self, step: int, result: StepResult) -> tuple[dict[str, float], list[str]]:
+        """Metrics of its own, and warnings."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def logged(metrics: dict[str, float]) -> dict[str, float]:
+    """Without those that monitors alone read."""
+    return {name: value for name, value in metrics.items() if not name.startswith("_")}
 
 
 class Training:
-    """Engine, data, loss and guards of one run. `generate`: see `fit`."""
+    """Engine, data, objective and guards of one run. `generate`, `monitors`: see `fit`."""
 
     def __init__(
         self,
         engine: Engine,
         train: Dataset,
         validation: Dataset,
-        loss: LossFunction,
+        objective: Objective,
         *,
         log: NullLogger,
         checkpoints: Checkpoints,
         identity: dict[str, Any],
         generate: Callable[[int], dict[str, float]] | None = None,
+        monitors: Mapping[str, Monitor] | None = None,
     ):
-        self.engine, self.loss, self.log, self.checkpoints, self.identity, self.generate = engine, loss, log, checkpoints, identity, generate
+        self.monitors = dict(monitors or {})
+        self.engine, self.objective, self.log, self.checkpoints, self.identity, self.generate = engine, objective, log, checkpoints, identity, generate
         self.recipe, self.grid = engine.recipe, engine.grid
         self.config = config = self.recipe.train
         self.batches = Batches(train, self.recipe, self.grid)
@@ -98,13 +120,17 @@ class Training:
         look = progress.step % EXPERT_LOAD_INTERVAL == 0 or progress.step + 1 == self.end
         if look:
             engine.experts.start()
-        result = engine.train_step(microbatches, self.loss, lr, progress.step + 1)
+        result = engine.train_step(microbatches, self.objective, lr, progress.step + 1)
         routing = engine.experts.collect() if look else {}
         routing |= engine.experts.auxiliary_losses(len(microbatches))
         tokens = _over_data_ranks(tokens, self.grid)
         progress.step += 1
         progress.tokens += tokens
-        return Step(result, lr, tokens, routing)
+        metrics, warnings = logged(result.metrics), []
+        for monitor in self.monitors.values():
+            found, said = monitor.observe(progress.step, result)
+            metrics, warnings = {**metrics, **found}, [*warnings, *said]
+        return Step(result, lr, tokens, routing, metrics, warnings)
 
     def learning_rate(self) -> float:
         """Of the next step."""
@@ -124,7 +150,7 @@ class Training:
     def look_for_trouble(self, step: Step) -> None:
         """Log what a guard warns of. Raises TrainingStopped on a spike of the loss."""
         at = self.progress.step
-        warnings = [self.clip_alarm.observe(step.result.grad_norm)]
+        warnings = [self.clip_alarm.observe(step.result.grad_norm), *step.warnings]
         if step.routing.get("expert_load"):
             warnings.append(expert_collapse(step.routing["expert_load"], assignments=float(step.result.tokens)))
         for warning in filter(None, warnings):
@@ -137,15 +163,16 @@ class Training:
         """Loss over the held-out rows, and what `generate` measures (collective). Raises TrainingStopped if it is not finite."""
         assert self.held_out is not None
         progress = self.progress
-        result = self.engine.evaluate(list(self.held_out.one_pass()), self.loss)
+        result = self.engine.evaluate(list(self.held_out.one_pass()), self.objective)
         if not math.isfinite(result.loss):
             raise TrainingStopped(f"eval_loss is {result.loss}", progress.step, fix="the last checkpoint is intact; lower optimizer.lr")
         best = progress.best is None or result.loss < progress.best[1]
         progress.evaluations.append((progress.step, result.loss))
         generated = self.generate(progress.step) if self.generate else {}
-        more = {f"eval_{name}": value for name, value in {**result.metrics, **generated}.items()}
-        perplexity = math.exp(min(result.loss, 80.0))
-        self.log.eval(progress.step, eval_loss=result.loss, eval_tokens=result.tokens, eval_perplexity=perplexity, best=best, **more)
+        more = {f"eval_{name}": value for name, value in {**logged(result.metrics), **generated}.items()}
+        if self.objective.count is scored_tokens:
+            more["eval_perplexity"] = math.exp(min(result.loss, 80.0))
+        self.log.eval(progress.step, eval_loss=result.loss, eval_tokens=result.tokens, best=best, **more)
 
     def evaluation_is_owed(self) -> bool:
         """Before the first step, and where a stop signal left no time for the evaluation of the step that was saved."""
@@ -181,6 +208,7 @@ class Training:
             "sampler": self.batches.sampler.state_dict(),
             "clip_alarm": self.clip_alarm.state_dict(),
             "spike": self.spike.state_dict() if self.spike else None,
+            "monitors": {name: monitor.state_dict() for name, monitor in self.monitors.items()},
         }
         meta = {"identity": self.identity, "recipe": self.recipe.model_dump(), "layout": self.grid.layout(), "training": training}
         self.checkpoints.save(self.progress.step, meta, self.progress.evaluations)
@@ -195,6 +223,9 @@ class Training:
         self.clip_alarm.load_state_dict(saved["clip_alarm"])
         if self.spike and saved["spike"]:
             self.spike.load_state_dict(saved["spike"])
+        for name, state in saved.get("monitors", {}).items():
+            if name in self.monitors:
+                self.monitors[name].load_state_dict(state)
         self.saved_at = self.progress.step
         self.log.event(self.progress.step, "resume", f"continues from {checkpoint.name}")
 

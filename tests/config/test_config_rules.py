@@ -202,6 +202,11 @@ CASES = [
     ("sources", 'data.curriculum=[{"from_step":1,"weights":{"a":1}}]', 1, "data.curriculum", "there is none", "data.curriculum=null"),
     ("streaming", "data.streaming=true", 1, "train.max_steps", "does not know how many rows there are", "data.streaming=false"),
     ("streaming", "data.streaming=true", 1, "data.validation_rows", "=100: data.streaming does not know the last rows", "data.streaming=false"),
+    ("preference", "dpo.label_smoothing=0.1", 1, "dpo.label_smoothing", "dpo.loss sigmoid has no such option", "dpo.loss=cdpo"),
+    ("preference", "dpo.loss=ipo dpo.gamma=1", 1, "dpo.gamma", "a loss that takes it: simpo", "dpo.gamma=null"),
+    ("preference", "dpo.loss=robust dpo.label_smoothing=0.6", 1, "dpo.label_smoothing", "divides by 1 - 2 * label_smoothing", "dpo.label_smoothing=0.4"),
+    ("preference", "dpo.loss=exo_pair dpo.label_smoothing=0", 1, "dpo.label_smoothing", "takes its logarithm", "dpo.label_smoothing=null"),
+    ("preference", "dpo.loss=simpo dpo.reference_from=x", 1, "dpo.reference_from", "dpo.loss simpo has no reference", "dpo.loss=ipo"),
     ("streaming", "data.streaming=true data.order_by_length=true", 1, "data.order_by_length", "has a window of them", "data.streaming=false"),
 ]  # fmt: skip
 

@@ -128,13 +128,13 @@ def test_hash_of_a_large_file_is_remembered_until_it_is_written(files: list[str]
     monkeypatch.setattr(source, "LARGE", 0)
     monkeypatch.setattr(source, "SETTLED", 0.0)
     path, folder = Path(files[0]), tmp_path / "c"
-    first = source._file_digest(path, folder)
+    first = source.file_digest(path, folder)
     stat = path.stat()
     monkeypatch.setattr(source, "_hash_file", lambda path: "hashed again")
-    assert source._file_digest(path, folder) == first
+    assert source.file_digest(path, folder) == first
     path.write_bytes(path.read_bytes().replace(b"It is 9.", b"It is 8."))
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert source._file_digest(path, folder) == "hashed again"
+    assert source.file_digest(path, folder) == "hashed again"
 
 
 def test_keys_without_influence_exist():

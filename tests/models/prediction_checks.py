@@ -135,7 +135,7 @@ def ours(folder: Path, layout: dict[str, Any]) -> dict[str, Any]:
     from megalign.models.pretrained import load_pretrained
     from megalign.models.weights import stream_full
     from megalign.parallel.grid import create_grid
-    from megalign.trainer.objective import denominators, objective
+    from megalign.trainer.objective import denominators, scalar_and_sums, scored_tokens
 
     grid = create_grid(**layout)
     model_parallel_cuda_manual_seed(1, force_reset_rng=True)
@@ -146,9 +146,9 @@ def ours(folder: Path, layout: dict[str, Any]) -> dict[str, Any]:
     table = family_of_model(model).conversion(Dimensions.of(model, VOCAB, chunks[0].vocab_size))
     examples = [Example(tokens.numpy().astype("int32"), scored.numpy()) for tokens, scored in documents()]
     batch = collate([examples], sequence_length=sum(DOCUMENTS) + 2, pad_id=0)  # two tokens of padding
-    counts = denominators([batch], DEPTHS, grid)
+    counts = denominators([batch], scored_tokens, DEPTHS, grid)
     outputs = logprobs_ahead(chunks[0], batch, grid, DEPTHS)
-    scalar, metrics = objective(cross_entropy_loss(*outputs[0]), outputs[1:], counts, model.mtp_loss_scaling_factor, 1, grid)
+    scalar, metrics = scalar_and_sums(cross_entropy_loss(*outputs[0]), outputs[1:], counts, model.mtp_loss_scaling_factor, 1, grid)
     scalar.backward()
     without = [(name, torch.zeros(8)) for name in table.megatron_names if name.endswith("expert_bias")]
     chunks[0].eval()

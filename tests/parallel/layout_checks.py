@@ -154,15 +154,15 @@ class Run:
             from_last_stage,
             sum_over,
         )
-        from megalign.trainer.objective import denominators, objective
+        from megalign.trainer.objective import denominators, scalar_and_sums, scored_tokens
 
         depths = self.model.mtp_num_layers or 0
-        counts = denominators(self.mine, depths, self.grid)
+        counts = denominators(self.mine, scored_tokens, depths, self.grid)
 
         def forward(chunk: Any, batch: Batch) -> Any:
             def loss(output: Any) -> Any:
                 main, ahead = (output[0], output[1:]) if depths else (output, [])
-                return objective(cross_entropy_loss(*main), ahead, counts, self.model.mtp_loss_scaling_factor, len(self.mine), self.grid)
+                return scalar_and_sums(cross_entropy_loss(*main), ahead, counts, self.model.mtp_loss_scaling_factor, len(self.mine), self.grid)
 
             return logprobs_ahead(chunk, batch, self.grid, depths), loss
 

@@ -1,0 +1,254 @@
+"""Pairs of answers as training rows: chosen and rejected side by side, each scored on its answer alone.
+
+A row is `[chosen, rejected]`, two examples that begin with the same prompt, tokenised once a side; the template puts a
+control token between prompt and answer, so no token crosses the boundary. The pair has to fit into `data.sequence_length`
+together, because the two stand in one packed batch; one that does not is left out and counted, never shortened: a
+shortened answer is another answer.
+
+Each example carries `values`: the pair's `weight`, its `row`, and, once known, `ref_logprob`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megalign.config.schema import DataConfig, Recipe
+from megalign.data import grammar
+from megalign.data.cache import (
+    KEPT,
+    REFUSED,
+    TOO_LONG,
+    UNREADABLE,
+    Encoded,
+    announcer,
+    cache_folder,
+    encode_key,
+    entry_key,
+    write_encoded,
+)
+from megalign.data.dataset import DOCUMENT_GRAIN, Dataset, PackRange, tokenizer_of
+from megalign.data.encode import check_template
+from megalign.data.once import build_once
+from megalign.data.packs import OUTCOMES, REJECTED_SHOWN, cut_out
+from megalign.data.rows import (
+    AnyRow,
+    BadRow,
+    Conversation,
+    DataError,
+    Example,
+    Message,
+    PreferencePair,
+    RankedResponses,
+    Response,
+)
+from megalign.data.source import Source
+from megalign.data.splits import BAD_SHOWN, Look, Piece, Split, listing, read_splits
+from megalign.data.tokenizer import Tokenizer
+
+
+def as_pairs(row: AnyRow) -> list[PreferencePair | BadRow]:
+    """The pairs in one row of a file: of a ranking each untied pair, of anything that is no judgement a BadRow.
+
+    A dialogue of the built-in grammar becomes one: its answer, and one that breaks the grammar's rules.
+    """
+    match row:
+        case PreferencePair() | BadRow():
+            return [row]
+        case RankedResponses():
+            return list(row.pairs())
+        case Conversation(source="grammar", messages=(*prompt, answer)):
+            false = Message("assistant", grammar.wrong(answer.content, row.line))
+            return [PreferencePair(tuple(prompt), Response((answer,)), Response((false,)), source=row.source, line=row.line)]
+        case _:
+            return [BadRow(row.source, row.line, "holds no chosen and rejected answer: dpo learns from pairs")]
+
+
+def sides(pair: PreferencePair) -> tuple[Conversation, Conversation]:
+    """Chosen and rejected as conversations of which the answer alone is scored."""
+    prompt = tuple(replace(message, scored=False) if message.role == "assistant" else message for message in pair.prompt)
+    chosen, rejected = (
+        Conversation((*prompt, *response.messages), pair.source, pair.line, pair.tools) for response in (pair.chosen, pair.rejected)
+    )
+    return chosen, rejected
+
+
+@dataclass
+class EncodedPairs:
+    """Tokenised pairs of a source: rows 2i and 2i + 1 of `encoded` are the sides of pair i."""
+
+    encoded: Encoded
+    weights: np.ndarray  # [P]
+    outcomes: np.ndarray  # [P]
+    starts: np.ndarray  # [P, 2] of each side in the tokens
+    lengths: np.ndarray  # [P, 2]
+    lines: np.ndarray  # [P] of the file
+    source: str
+
+    def rejected(self, start: int, stop: int, outcomes: tuple[int, ...] = (UNREADABLE, REFUSED, TOO_LONG)) -> Iterator[BadRow]:
+        """The pairs of a range that are not used, and why, once each."""
+        sides = {side // 2: row for side, row in self.encoded.rejected(2 * start, 2 * stop)}
+        for pair in (np.flatnonzero(np.isin(self.outcomes[start:stop], outcomes)) + start).tolist():
+            together = f"{self.lengths[pair].sum()} tokens, both sides together: too many for data.sequence_length"
+            yield sides.get(pair) or BadRow(self.source, int(self.lines[pair]), together)
+
+
+def encode_pairs(source: Source, tokenizer: Tokenizer, data: DataConfig, folder: Path) -> EncodedPairs:
+    """The tokens of a source of pairs, from the cache or made once."""
+    options = data.model_copy(update={"truncation": "drop"})
+    key = entry_key("pairs", **encode_key(source, tokenizer, options, folder))
+
+    def write(part: Path) -> None:
+        weights: list[float] = []
+
+        def both() -> Iterator[Conversation | BadRow]:
+            for row in source.rows():
+                weights.append(getattr(row, "weight", 0.0))
+                yield from (row, row) if isinstance(row, BadRow) else sides(row)
+
+        write_encoded(part, both(), tokenizer, options, source.name)
+        np.array(weights, "<f8").tofile(part / "weights.bin")
+
+    path = build_once(folder, key, write, say=announcer(), timeout=data.cache_timeout)
+    encoded = Encoded(path)
+    table = np.concatenate([part for _, part in encoded.table()]) if len(encoded) else encoded.rows.read(0, 0)
+    ends = table["end"].reshape(-1, 2)
+    starts = np.concatenate([[0], table["end"][:-1]]).reshape(-1, 2) if len(table) else ends
+    lengths = ends - starts
+    outcomes = table["outcome"].reshape(-1, 2)
+    room = (-(-lengths // DOCUMENT_GRAIN) * DOCUMENT_GRAIN).sum(-1)
+    worst = np.where((outcomes == KEPT).all(-1), KEPT, np.where(outcomes[:, 0] != KEPT, outcomes[:, 0], outcomes[:, 1]))
+    worst = np.where((worst == KEPT) & (room > data.sequence_length), TOO_LONG, worst)
+    return EncodedPairs(encoded, np.fromfile(path / "weights.bin", "<f8"), worst, starts, lengths, table["line"][::2], source.name)
+
+
+def build_pairs(recipe: Recipe) -> tuple[Dataset, Dataset]:
+    """The training and the validation pairs of a recipe; the same on every rank.
+
+    Raises DataError as `build_datasets` does.
+    """
+    folder, tokenizer = cache_folder(recipe), tokenizer_of(recipe)
+
+    def look(source: Source) -> Look:
+        first = next((row for row in source.rows() if isinstance(row, PreferencePair)), None)
+        if first is not None:
+            check_template(tokenizer, recipe.data.template, recipe.data.loss_on)
+        pairs = encode_pairs(source, tokenizer, recipe.data, folder)
+        unusable = int((~np.isin(pairs.outcomes, (KEPT, TOO_LONG))).sum())
+        bad = islice(pairs.rejected(0, len(pairs.outcomes), (UNREADABLE, REFUSED)), BAD_SHOWN)
+        return Look(pairs.outcomes != UNREADABLE, unusable, list(bad), pairs)
+
+    train, validation = (build_pair_set(recipe, split, tokenizer) for split in read_splits(recipe, look, as_pairs))
+    for key, dataset in (("train", train), ("validation", validation)):
+        counts = dataset.statistics
+        if counts["rows_read"] and not len(dataset):
+            raise DataError(
+                f"data.{key}: no pair is left; of {counts['rows_read']} {counts['bad']} are unusable and {counts['truncated_away']} do not "
+                f"fit: both answers, prompts included, in data.sequence_length({recipe.data.sequence_length}) tokens"
+                f"{listing([BadRow(**row) for row in counts['rejected']], 5)}"
+            )
+    return train, validation
+
+
+def build_pair_set(recipe: Recipe, split: Split, tokenizer: Tokenizer) -> Dataset:
+    """The pairs of a split as a data set whose rows are `[chosen, rejected]`."""
+    rows = PairRows([piece.look.encoded for piece in split.pieces], [(piece.start, piece.stop) for piece in split.pieces])
+    parts, start = [], 0
+    number = 0
+    for part in split.parts:
+        count = int(np.isin(rows.piece, np.arange(number, number + len(part.pieces))).sum())
+        number += len(part.pieces)
+        if recipe.data.mixture is not None and len(split.parts) == len(recipe.data.mixture):
+            parts.append(PackRange(part.name, part.weight, start, start + count))
+        start += count
+    return Dataset(rows, tokenizer, _statistics(rows, split, recipe.data.sequence_length), KeptPairs(split.pieces, rows), rows.tokens, parts)
+
+
+class PairRows(Sequence[list[Example]]):
+    """Pairs read from the cache when asked for. `columns[name]`: [P, 2] values that the examples carry."""
+
+    def __init__(self, pairs: list[EncodedPairs], ranges: list[tuple[int, int]]):
+        self._pairs = pairs
+        kept = [np.flatnonzero(p.outcomes[start:stop] == KEPT) + start for p, (start, stop) in zip(pairs, ranges)]
+        self.piece = np.concatenate([np.full(len(rows), i) for i, rows in enumerate(kept)] or [np.zeros(0, np.int64)])
+        self.row = np.concatenate([*kept, np.zeros(0, np.int64)])
+        self.lengths = np.concatenate([*(p.lengths[rows] for p, rows in zip(pairs, kept)), np.zeros((0, 2), np.int64)])
+        self.tokens = self.lengths.sum(-1)
+        weights = np.concatenate([*(p.weights[rows] for p, rows in zip(pairs, kept)), np.zeros(0)])
+        numbers = np.arange(len(self.row), dtype=np.float64)
+        self.columns: dict[str, np.ndarray] = {name: np.stack([x, x], -1) for name, x in (("weight", weights), ("row", numbers))}
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        pairs, row = self._pairs[self.piece[index]], self.row[index]
+        found = []
+        for side in (0, 1):
+            example = cut_out(pairs.encoded, int(pairs.starts[row, side]), int(pairs.lengths[row, side]))
+            found.append(replace(example, values={name: float(column[index, side]) for name, column in self.columns.items()}))
+        return found
+
+
+class KeptPairs(Sequence[Conversation]):
+    """The chosen side of every pair in a data set, read from the files again: prompts to answer, with a reference."""
+
+    def __init__(self, pieces: list[Piece], rows: PairRows):
+        self._pieces, self._rows = pieces, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return list(islice(self, *index.indices(len(self)))) if isinstance(index, slice) else next(islice(iter(self), range(len(self))[index], None))
+
+    def __iter__(self) -> Iterator[Conversation]:
+        return (Conversation((*pair.prompt, *pair.chosen.messages), pair.source, pair.line, pair.tools) for pair in self.pairs())
+
+    def pairs(self) -> Iterator[PreferencePair]:
+        """The pairs themselves."""
+        for number, piece in enumerate(self._pieces):
+            wanted = set(self._rows.row[self._rows.piece == number].tolist())
+            rows: Iterator[Any] = piece.rows()
+            yield from (row for index, row in enumerate(rows, piece.start) if index in wanted)
+
+
+def _statistics(rows: PairRows, split: Split, capacity: int) -> dict[str, Any]:
+    """What became of each pair, as `packs` says it of rows; `fingerprint` is over every token and weight."""
+    digest = hashlib.sha256()
+    scored = 0
+    for pair in rows:
+        for example in pair:
+            digest.update(f"side {len(example)} {example.values['weight']!r}".encode() + example.input_ids.tobytes() + example.loss_mask.tobytes())
+            scored += int(np.count_nonzero(example.loss_mask))
+    sources: dict[str, dict[str, Any]] = {}
+    rejected: list[BadRow] = []
+    for piece in split.pieces:
+        counts = sources.setdefault(piece.source.name, {"format": piece.source.format, **dict.fromkeys(OUTCOMES, 0)})
+        pairs: EncodedPairs = piece.look.encoded
+        outcomes = pairs.outcomes[piece.start : piece.stop]
+        kept, too_long = outcomes == KEPT, outcomes == TOO_LONG
+        for name, which in (("rows_read", np.ones(len(outcomes), bool)), ("rows_kept", kept), ("truncated_away", too_long), ("bad", ~kept & ~too_long)):
+            counts[name] += int(which.sum())
+        rejected += islice(pairs.rejected(piece.start, piece.stop), REJECTED_SHOWN - len(rejected))
+    tokens = int(rows.tokens.sum())
+    return {
+        **{name: sum(counts[name] for counts in sources.values()) for name in OUTCOMES},
+        "rejected": [vars(row) for row in rejected],
+        "sources": sources,
+        "tokens": tokens,
+        "scored_tokens": scored,
+        "packs": len(rows),
+        "fill_share": tokens / (len(rows) * capacity) if len(rows) else 0.0,
+        "sequence_length": capacity,
+        "fingerprint": digest.hexdigest(),
+    }

@@ -1,0 +1,69 @@
+"""Some pairs with the rewards that the trained policy gives them, for the report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+
+from megalign.batch import Batch
+from megalign.data.dataset import Dataset
+from megalign.data.pairs import KeptPairs
+from megalign.data.rows import Message
+from megalign.models.sequences import sequence_logprobs, sequence_tokens
+from megalign.parallel.init import device
+from megalign.parallel.schedule import from_last_stage
+from megalign.trainer.batches import Batches
+from megalign.trainer.engine import Engine
+from megalign.trainer.reference import REF_LOGPROB
+from megalign.trainer.run import RunFolder
+
+
+def write_sample_pairs(
+    engine: Engine, run: RunFolder, dataset: Dataset, prepare: Callable[[Sequence[Batch]], None] | None, beta: float, step: int
+) -> None:
+    """Add the first `train.sample_prompts` pairs of `dataset` to samples.jsonl (collective).
+
+    Rewards are beta * log pi/pi_ref, without a reference beta * log pi a token.
+    """
+    count = min(run.recipe.train.sample_prompts, len(dataset))
+    if not count:
+        return
+    grid = engine.grid
+    dealt = Batches(dataset, run.recipe, grid, evaluation=True)
+    batches = [dealt.collate([dataset.rows[number]]) for number in range(count)]
+    if prepare is not None:
+        prepare(batches)
+    rewards = torch.zeros(count, 2, dtype=torch.float64, device=device())
+    for number, logprobs in enumerate(engine.score(batches, lambda output, batch: sequence_logprobs(output, batch, grid))):
+        values = batches[number].values
+        base = values[REF_LOGPROB].to(logprobs.device) if REF_LOGPROB in values else None
+        tokens = sequence_tokens(batches[number]).to(logprobs.device)
+        rewards[number] = beta * (logprobs.double() / tokens if base is None else logprobs.double() - base)
+    rewards = from_last_stage(rewards, grid).tolist()
+    if not run.grid.is_logger:
+        return
+    assert isinstance(dataset.kept, KeptPairs)
+    path = run.path / "samples.jsonl"
+    others = [line for line in path.read_text().splitlines() if "chosen" not in json.loads(line)] if path.exists() else []
+    lines = [
+        json.dumps(
+            {
+                "step": step,
+                "prompt": [{"role": message.role, "content": message.content} for message in pair.prompt],
+                "chosen": side(pair.chosen.messages, chosen),
+                "rejected": side(pair.rejected.messages, rejected),
+            },
+            ensure_ascii=False,
+        )
+        for pair, (chosen, rejected) in zip(islice(dataset.kept.pairs(), count), rewards)
+    ]
+    path.write_text("".join(line + "\n" for line in [*others, *lines]))
+
+
+def side(messages: Sequence[Message], reward: float) -> dict[str, Any]:
+    """An answer and its reward."""
+    return {"text": "\n".join(message.content for message in messages), "reward": round(reward, 4)}

@@ -1,0 +1,162 @@
+"""The frozen reference of preference optimisation: a cached pass over the data, or a second model in memory.
+
+Both start from the files that the policy started from (or from dpo.reference_from), loaded on their own, never from the
+policy or its checkpoints: a resumed run keeps the reference it had. What they were made from is remembered as hashes of
+model, tokenizer, template and data; a difference is an error.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megalign.batch import Batch
+from megalign.config.schema import Recipe
+from megalign.data.cache import cache_folder
+from megalign.data.dataset import Dataset
+from megalign.data.pairs import PairRows
+from megalign.data.source import file_digest
+from megalign.models.sequences import sequence_logprobs, sequence_tokens
+from megalign.parallel.grid import Grid
+from megalign.parallel.init import device
+from megalign.parallel.schedule import from_last_stage, sum_over
+from megalign.trainer.batches import Batches
+from megalign.trainer.engine import Engine
+from megalign.trainer.guard import TrainingStopped
+from megalign.trainer.run import RunError
+
+REF_LOGPROB = "ref_logprob"
+# Of policy and reference at step 0, a nat and a token: rounding of logits, in FP32 and in BF16.
+TOLERANCE = {"fp32": 1e-6, "bf16": 2e-2}
+
+
+def reference_recipe(recipe: Recipe) -> Recipe:
+    """The recipe with the reference's weights as its start."""
+    if recipe.dpo.reference_from is None:
+        return recipe
+    changed = recipe.model_copy(deep=True)
+    changed.model.init_from = recipe.dpo.reference_from
+    return changed
+
+
+def model_hash(recipe: Recipe) -> str:
+    """SHA-256 of the weights that a run of this recipe starts from: the files of model.init_from, or shape and seed."""
+    model = recipe.model
+    if model.init_from is None:
+        return hashlib.sha256(json.dumps([model.model_dump(mode="json"), recipe.train.seed], sort_keys=True).encode()).hexdigest()
+    folder = cache_folder(recipe)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [file for file in sorted(Path(model.init_from).iterdir()) if file.name == "config.json" or file.suffix == ".safetensors"]
+    return hashlib.sha256("\n".join(f"{file.name} {file_digest(file, folder)}" for file in files).encode()).hexdigest()
+
+
+def cache_reference(recipe: Recipe, grid: Grid, vocab_size: int, folder: Path, made_from: Mapping[str, str], sets: Mapping[str, Dataset]) -> str:
+    """Give every example of `sets` its log-prob under the reference, from `folder` or by one pass (collective).
+
+    Returns what was done, in a sentence. Raises RunError where `folder` was made from another model, template or data.
+    """
+    key = {**made_from, **{f"{name} pairs": dataset.statistics["fingerprint"] for name, dataset in sets.items()}}
+    saved = folder / "made_from.json"
+    dist.barrier()  # nobody looks before everybody is here: rank 0 may write soon
+    found = json.loads(saved.read_text()) if saved.exists() else None
+    if found is not None and found != key:
+        changed = [name for name in key if found.get(name) != key[name]] + [name for name in found if name not in key]
+        fix = "remove the folder to compute them again, restore what changed, or give another dpo.reference_cache"
+        raise RunError(f"stale reference log-probs: {folder} was made from another {', '.join(changed)}; {fix}")
+    if found is None:
+        engine = Engine(reference_recipe(recipe), grid, vocab_size, train=False)
+        values = {name: _one_pass(engine, dataset) for name, dataset in sets.items()}
+        del engine
+        gc.collect()
+        if grid.is_logger:
+            _write(folder, key, values)
+        dist.barrier()
+    for name, dataset in sets.items():
+        assert isinstance(dataset.rows, PairRows)
+        dataset.rows.columns[REF_LOGPROB] = np.load(folder / f"{name}.npy").astype(np.float64)
+    pairs = sum(len(dataset) for dataset in sets.values())
+    return f"reference log-probs of {pairs} pairs {'computed, kept in' if found is None else 'read from'} {folder}"
+
+
+def _one_pass(engine: Engine, dataset: Dataset) -> np.ndarray:
+    """[P, 2] FP32 log-probs of chosen and rejected under the engine's model, equal on every rank."""
+    grid, recipe = engine.grid, engine.recipe
+    found = torch.zeros(len(dataset), 2, dtype=torch.float64, device=device())
+    for microbatches in Batches(dataset, recipe, grid, evaluation=True).one_pass() if len(dataset) else ():
+        for batch, logprobs in zip(microbatches, engine.score(microbatches, lambda output, batch: sequence_logprobs(output, batch, grid))):
+            rows = batch.values["row"][0::2].long() if batch.values else torch.zeros(0, dtype=torch.long)
+            found[rows] = logprobs.double().view(-1, 2)
+    return from_last_stage(sum_over(found, grid.data.group), grid).cpu().numpy().astype(np.float32)
+
+
+def _write(folder: Path, key: Mapping[str, str], values: Mapping[str, np.ndarray]) -> None:
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name, array in values.items():
+        np.save(partial / f"{name}.npy", array)
+    (partial / "made_from.json").write_text(json.dumps(key, indent=1))
+    partial.rename(folder)
+
+
+class ReferenceModel:
+    """The reference as a second model in memory: scores each step's microbatches before the policy sees them."""
+
+    def __init__(self, recipe: Recipe, grid: Grid, vocab_size: int):
+        self.engine = Engine(reference_recipe(recipe), grid, vocab_size, train=False)
+        for model in self.engine.models:
+            model.requires_grad_(False)
+
+    def prepare(self, microbatches: Sequence[Batch]) -> None:
+        """Put the reference's log-probs into the batches (known on the last stage alone, where the loss is)."""
+        grid = self.engine.grid
+        for batch, logprobs in zip(microbatches, self.engine.score(microbatches, lambda output, batch: sequence_logprobs(output, batch, grid))):
+            if batch.values:  # else it is all padding
+                batch.values[REF_LOGPROB] = logprobs.double()
+
+
+def check_step_zero(engine: Engine, dataset: Dataset, prepare: Callable[[Sequence[Batch]], None] | None) -> str:
+    """Policy and reference give the first step's answers equal log-probs before any update (collective).
+
+    Raises TrainingStopped, on every rank, with the first pair that differs. Returns the largest difference in words.
+    """
+    grid = engine.grid
+    microbatches, _ = Batches(dataset, engine.recipe, grid).next_step()
+    if prepare is not None:
+        prepare(microbatches)
+    policy = engine.score(microbatches, lambda output, batch: sequence_logprobs(output, batch, grid))
+    worst, line = 0.0, ""
+    tolerance = TOLERANCE[engine.recipe.train.precision]
+    for batch, logprobs in zip(microbatches, policy):
+        if not len(logprobs):
+            continue
+        reference = batch.values[REF_LOGPROB].to(logprobs.device)
+        allowed = tolerance * (reference.abs() + sequence_tokens(batch).to(logprobs.device))
+        excess, where = ((logprobs.double() - reference).abs() / allowed).max(0)
+        if not excess <= worst:  # NaN is an excess too
+            worst = float(excess.nan_to_num(nan=torch.inf))
+            row, side = int(batch.values["row"][where]), ("chosen", "rejected")[int(where) % 2]
+            line = f"pair {row}, {side}: {float(logprobs[where]):.6f} under the policy, {float(reference[where]):.6f} under the reference"
+    most = torch.tensor([worst], dtype=torch.float64, device=device())
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    if most.item() > 1:
+        lines: list[Any] = [None] * grid.world
+        dist.all_gather_object(lines, (worst, line))
+        _, told = max(lines)
+        fix = (
+            "the reference must be the model the policy starts from: restore the files of model.init_from, or name another "
+            "reference on purpose with dpo.reference_from"
+        )
+        raise TrainingStopped(f"policy and reference log-probs differ before the first update ({told}); layout {grid.layout()}", 0, fix=fix)
+    return f"policy = reference at step 0: differences reach {most.item():.2g} of the {tolerance:g} a nat and a token that rounding is allowed"
+
+
