@@ -16,7 +16,7 @@ from megalign.config.layout import Layout
 from megalign.config.schema import ModelConfig, Recipe
 
 FP32 = 4  # bytes
-HEAD_CHUNK, HEAD_KEPT = 2048, 2**26  # of megalign/parallel/vocab.py: rows of a chunk, logits below which all are kept
+HEAD_CHUNK, HEAD_KEPT = 2048, 2**26  # of megalign/kernels/logprob.py: rows of a chunk; logits below which all are kept, and of a chunk
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def head_bytes(recipe: Recipe, layout: Layout, rows: int, tokens: int, scored: f
     """The end of the last stage: the final norm, the scored positions, and their logits.
 
     scored: share of the tokens that are scored. Logits stay in FP32 until backward up to 2^26 of them; beyond that
-    a chunk of 2048 rows at a time lives, in FP32 and in the training precision.
+    a chunk of 2048 rows, or of 2^26 logits, at a time lives, in FP32 and in the training precision.
     """
     width, hidden = width_of(recipe), recipe.model.hidden_size
     full = layout.tp if recipe.parallel.sequence_parallel else 1
@@ -166,7 +166,8 @@ def head_bytes(recipe: Recipe, layout: Layout, rows: int, tokens: int, scored: f
     norm = tokens * hidden / full * _inside(recipe.model, width, device)
     logits = count * rows // layout.tp
     if logits > HEAD_KEPT:
-        return int(norm + count * hidden * width + min(count, HEAD_CHUNK) * rows // layout.tp * (FP32 + width))
+        chunk = min(count, HEAD_CHUNK, max(64, HEAD_KEPT * layout.tp // rows))
+        return int(norm + count * hidden * width + chunk * rows // layout.tp * (FP32 + width))
     return int(norm + count * hidden * width + logits * FP32)
 
 

@@ -115,7 +115,7 @@ def microbatch_flops(recipe: Recipe, layout: Layout, rows: int, stage: int, toke
         total += sum(flops * (4 if whole or part in modules else 3) for part, flops in parts.items())
     if stage == layout.pp - 1:
         logits = 2.0 * tokens * scored * rows / tp * model.hidden_size
-        total += (1 + (model.mtp_num_layers or 0)) * logits * (4 if tokens * scored * rows / tp > 2**26 else 3)  # megalign/parallel/vocab.py computes them again
+        total += (1 + (model.mtp_num_layers or 0)) * logits * (4 if tokens * scored * rows / tp > 2**26 else 3)  # megalign/kernels/logprob.py computes them again
     return total
 
 

@@ -1,4 +1,4 @@
-"""Vocabulary-parallel log-probabilities against torch's log_softmax, values and gradients."""
+"""Vocabulary-parallel log-probabilities and entropy against torch's log_softmax, values and gradients."""
 
 from __future__ import annotations
 
@@ -20,17 +20,23 @@ def check_logprobs(recompute: bool) -> dict[str, Any]:
     """This rank's result and gradients; with chunks that do not divide N."""
     import torch.distributed as dist
 
+    from megalign.kernels import logprob
     from megalign.parallel import vocab
     from megalign.parallel.grid import create_grid
 
-    vocab.CHUNK, vocab.KEEP_BELOW = 10, 0 if recompute else 2**26
+    logprob.CHUNK_ROWS, logprob.KEEP_BELOW = 10, 0 if recompute else 2**26
     grid = create_grid(tensor_model_parallel_size=dist.get_world_size())
     hidden, weight, targets, upstream = _inputs()
     mine = weight.chunk(grid.tensor.size)[grid.tensor.rank].clone().requires_grad_()
-    hidden.requires_grad_()
-    logprobs, correct = vocab.vocab_parallel_logprobs(hidden, mine, targets, grid.tensor.group, REAL)
-    logprobs.backward(upstream)
-    return {"logprobs": logprobs.detach(), "correct": correct, "hidden": hidden.grad, "weight": mine.grad}
+    results = {}
+    for name, upstreams in (("logprobs", (upstream,)), ("entropy", (upstream, upstream.flip(0)))):
+        hidden.grad = mine.grad = None
+        hidden.requires_grad_()
+        score = vocab.vocab_parallel_logprobs if name == "logprobs" else vocab.vocab_parallel_logprobs_and_entropy
+        outputs = score(hidden, mine, targets, grid.tensor.group, REAL)
+        torch.autograd.backward(outputs[: len(upstreams)], upstreams)
+        results[name] = {"outputs": [output.detach() for output in outputs], "hidden": hidden.grad, "weight": mine.grad}
+    return results
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -39,18 +45,23 @@ def test_logprobs_and_gradients_are_those_of_log_softmax(world: int, recompute: 
     hidden, weight, targets, upstream = _inputs()
     hidden, weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
     logits = (hidden @ weight.t())[:, :REAL]
-    expected = logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
-    expected.backward(upstream.double())
+    log_p = logits.log_softmax(-1)
+    expected = {"logprobs": log_p.gather(-1, targets[:, None]).squeeze(-1), "entropy": -(log_p.exp() * log_p).sum(-1)}
     ranks = run_ranks(check_logprobs, world, recompute)
-    for rank in ranks:
-        torch.testing.assert_close(rank["logprobs"].double(), expected.detach(), rtol=0, atol=2e-5)
-        assert torch.equal(rank["correct"], logits.argmax(-1) == targets)
-    assert hidden.grad is not None and weight.grad is not None
-    found = {"hidden": sum(rank["hidden"] for rank in ranks), "weight": torch.cat([rank["weight"] for rank in ranks])}
-    for name, expected_grad in (("hidden", hidden.grad), ("weight", weight.grad)):
-        tolerance = 1e-5 * float(expected_grad.abs().max())  # P13's, for FP32 against float64
-        torch.testing.assert_close(found[name].double(), expected_grad, rtol=0, atol=tolerance)
-    assert not found["weight"][REAL:].any()  # padding rows learn nothing
+    for name, upstreams in (("logprobs", (upstream,)), ("entropy", (upstream, upstream.flip(0)))):
+        hidden.grad = weight.grad = None
+        torch.autograd.backward([expected["logprobs"], expected["entropy"]][: len(upstreams)], [u.double() for u in upstreams], retain_graph=True)
+        for rank in ranks:
+            *values, correct = rank[name]["outputs"]
+            for value, of in zip(values, expected):
+                torch.testing.assert_close(value.double(), expected[of].detach(), rtol=0, atol=2e-5)
+            assert torch.equal(correct, logits.argmax(-1) == targets)
+        assert hidden.grad is not None and weight.grad is not None
+        found = {"hidden": sum(rank[name]["hidden"] for rank in ranks), "weight": torch.cat([rank[name]["weight"] for rank in ranks])}
+        for part, expected_grad in (("hidden", hidden.grad), ("weight", weight.grad)):
+            tolerance = 1e-5 * float(expected_grad.abs().max())  # P13's, for FP32 against float64
+            torch.testing.assert_close(found[part].double(), expected_grad, rtol=0, atol=tolerance)
+        assert not found["weight"][REAL:].any()  # padding rows learn nothing
 
 
 def check_nothing_scored() -> list[float]:
