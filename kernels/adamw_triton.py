@@ -1,6 +1,6 @@
 """AdamW in one pass over memory: a Triton kernel that writes what `adamw.update_torch` would, bit for bit.
 
-Two kernels share the arithmetic. `adamw_flat` walks any parameter as a vector. `adamw_fp8` takes one 128 x 128 tile of an
+Two kernels share the arithmetic. `adamw_flat_kernel` walks any parameter as a vector. `adamw_fp8_kernel` takes one 128 x 128 tile of an
 FP8 layer's weight: it updates the tile in slabs of 32 rows (registers hold no more), keeps its largest magnitude, then reads
 the BF16 tile that it has just written, from cache, and stores it as E4M3 in both orders with its power-of-two scale.
 The FP8 bytes are those of the BF16 parameter, so that a checkpoint of parameters alone gives them again.
@@ -21,7 +21,7 @@ from torch import Tensor
 from megalign.kernels.adamw import Step
 from megalign.kernels.rounding import Place
 
-BLOCK = 2048  # elements of a program of adamw_flat
+BLOCK = 2048  # elements of a program of adamw_flat_kernel
 SLAB = tl.constexpr(32)  # rows of a tile updated at a time
 
 # Of megalign.kernels.rounding, as a kernel may use them.
@@ -86,7 +86,7 @@ def update(
 
 
 @triton.jit
-def adamw_flat(
+def adamw_flat_kernel(
     weight_ptr,  # [n] fp32 IN OUT: master
     m_ptr,  # [n] bf16 or fp32 IN OUT
     v_ptr,  # [n] bf16 or fp32 IN OUT
@@ -111,7 +111,7 @@ def adamw_flat(
 
 
 @triton.jit
-def adamw_fp8(
+def adamw_fp8_kernel(
     weight_ptr,  # [G, N, K] fp32 IN OUT: master
     m_ptr,  # [G, N, K] bf16 or fp32 IN OUT
     v_ptr,  # [G, N, K] bf16 or fp32 IN OUT
@@ -177,7 +177,7 @@ def update_triton(parameter: Tensor, gradient: Tensor, state: dict[str, Any], st
     if not hasattr(parameter, "fp8_weight"):
         n = parameter.numel()
         where = (n, place.offset, place.columns or 1, place.row_stride, place.start)
-        adamw_flat[(triton.cdiv(n, BLOCK),)](
+        adamw_flat_kernel[(triton.cdiv(n, BLOCK),)](
             *tensors, *where, *scalars,
             HAS_MASTER=has_master, STOCHASTIC=stochastic, CONTIGUOUS=place.contiguous, BLOCK=BLOCK, num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip
@@ -185,7 +185,7 @@ def update_triton(parameter: Tensor, gradient: Tensor, state: dict[str, Any], st
     forward, transposed = parameter.fp8_weight.to_overwrite(parameter)  # pyright: ignore[reportAttributeAccessIssue]
     *groups, rows, columns = parameter.shape
     grid = (triton.cdiv(rows, 128), triton.cdiv(columns, 128), groups[0] if groups else 1)
-    adamw_fp8[grid](
+    adamw_fp8_kernel[grid](
         *tensors, forward.data, forward.scale, transposed.data, transposed.scale,
         rows, columns, place.offset, columns if place.contiguous else place.row_stride, *scalars,
         HAS_MASTER=has_master, STOCHASTIC=stochastic, num_warps=16, enable_fp_fusion=False,

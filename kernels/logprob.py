@@ -101,9 +101,7 @@ class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor, h: Tensor, _: Any) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:  # pyright: ignore
         hidden, weight, targets, log_z, entropies, own_maximum = ctx.saved_tensors
-        kept, ctx.kept = ctx.kept, "overwritten" if ctx.kept is not None else None
-        if isinstance(kept, str):
-            raise RuntimeError("second backward through linear_logprobs: the first wrote its gradient over the kept softmax; run the forward again, or call with retain_graph=False")
+        kept, ctx.kept = ctx.kept, None  # overwritten below: a second backward computes the logits again
         grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         ctx.backend.shard_gradients(

@@ -1,10 +1,10 @@
 """`logprob.py` on CUDA: two Triton kernels around cuBLAS; tested against it bit for meaning, not bit for bit.
 
-Forward, `statistics`: a program owns 128 tokens and a run of vocabulary tiles. It computes a tile of logits on the tensor
+Forward, `statistics_kernel`: a program owns 128 tokens and a run of vocabulary tiles. It computes a tile of logits on the tensor
 cores, folds it into running maximum, sum and weighted sum (the online softmax of Milakov & Gimelshein, arXiv:1805.02867),
 and drops it: logits never leave registers. The runs are then merged, so that few tokens still fill the device.
 
-Backward, `logit_gradients`: computes the tile again and writes its gradient, in the type of the hidden states, into a buffer
+Backward, `logit_gradients_kernel`: computes the tile again and writes its gradient, in the type of the hidden states, into a buffer
 of one chunk of tokens; two ordinary GEMMs turn it into the gradients of hidden states and weight. A kernel that fused these
 too would have to add to either with atomics, in no fixed order.
 
@@ -39,7 +39,7 @@ def logits_tile(hidden_ptr, weight_ptr, rows, columns, N, V, D, ROWS: tl.constex
 
 
 @triton.jit
-def statistics(
+def statistics_kernel(
     hidden_ptr,  # [N, D] IN
     weight_ptr,  # [V, D] IN: this shard
     target_ptr,  # [N] int64 IN: row of this shard, or a number outside [0, V)
@@ -81,7 +81,7 @@ def statistics(
 
 
 @triton.jit
-def logit_gradients(
+def logit_gradients_kernel(
     hidden_ptr,  # [N, D] IN: the tokens of a chunk
     weight_ptr,  # [V, D] IN
     target_ptr,  # [N] int64 IN
@@ -121,7 +121,7 @@ def shard_statistics(hidden: Tensor, weight: Tensor, targets: Tensor, *, entropy
     per_split = triton.cdiv(tiles, splits)
     splits = triton.cdiv(tiles, per_split)
     parts = torch.zeros(4, splits, count, device=hidden.device)
-    statistics[(blocks, splits)](
+    statistics_kernel[(blocks, splits)](
         hidden.contiguous(), weight.contiguous(), targets, *parts, count, vocabulary, hidden.shape[1], per_split, ENTROPY=entropy, **_tiles(hidden)
     )
     return merged(Statistics(*parts)), None
@@ -143,7 +143,7 @@ def shard_gradients(
     for start in range(0, count, size):
         rows = slice(start, min(start + size, count))
         n = rows.stop - start
-        logit_gradients[(triton.cdiv(n, BLOCK_ROWS), triton.cdiv(vocabulary, BLOCK_VOCABULARY))](
+        logit_gradients_kernel[(triton.cdiv(n, BLOCK_ROWS), triton.cdiv(vocabulary, BLOCK_VOCABULARY))](
             hidden[rows], weight, targets[rows], log_z[rows], g[rows], upstream[rows], entropies[rows], buffer,
             n, vocabulary, depth, stride, ENTROPY=h is not None, **_tiles(hidden),
         )  # fmt: skip
