@@ -19,9 +19,12 @@ import triton.language as tl
 from torch import Tensor
 
 from megalign.kernels.adamw import Step
+from megalign.kernels.launch import launch
 from megalign.kernels.rounding import Place
+from megalign.kernels.tiles import ceil_tiles
 
-BLOCK = 2048  # elements of a program of adamw_flat_kernel
+BLOCK, FLAT_WARPS = 2048, 8  # elements and warps of a program of adamw_flat_kernel
+TILE_WARPS = 16  # of adamw_fp8_kernel: with 8, a thread needs 247 registers
 SLAB = tl.constexpr(32)  # rows of a tile updated at a time
 
 # Of megalign.kernels.rounding, as a kernel may use them.
@@ -72,7 +75,7 @@ def update(
     m = tl.load(m_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     v = tl.load(v_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     g = tl.load(gradient_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * scale
-    w, m, v = new_moments_and_weight(w, m, v, g, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, size, root_correction)
+    w, m, v = new_moments_and_weight(w, m, v, g, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, size, root_correction)  # pyright: ignore[reportGeneralTypeIssues]
     if STOCHASTIC:
         noise_m, noise_v = philox(place, number, key)
         if m_ptr.dtype.element_ty == tl.bfloat16:
@@ -174,22 +177,18 @@ def update_triton(parameter: Tensor, gradient: Tensor, state: dict[str, Any], st
         step.beta1, 1 - step.beta1, step.beta2, 1 - step.beta2, step.eps, step.decay, step.size, step.root_correction, step.number, _signed(step.key),
     )  # fmt: skip
     stochastic = step.stochastic and torch.bfloat16 in (state["exp_avg"].dtype, state["exp_avg_sq"].dtype)
+    flags: dict[str, Any] = dict(HAS_MASTER=has_master, STOCHASTIC=stochastic, enable_fp_fusion=False, device=parameter.device)
     if not hasattr(parameter, "fp8_weight"):
         n = parameter.numel()
         where = (n, place.offset, place.columns or 1, place.row_stride, place.start)
-        adamw_flat_kernel[(triton.cdiv(n, BLOCK),)](
-            *tensors, *where, *scalars,
-            HAS_MASTER=has_master, STOCHASTIC=stochastic, CONTIGUOUS=place.contiguous, BLOCK=BLOCK, num_warps=8, enable_fp_fusion=False,
-        )  # fmt: skip
+        launch(adamw_flat_kernel, (-(-n // BLOCK),), *tensors, *where, *scalars, CONTIGUOUS=place.contiguous, BLOCK=BLOCK, num_warps=FLAT_WARPS, **flags)
         return
     forward, transposed = parameter.fp8_weight.to_overwrite(parameter)  # pyright: ignore[reportAttributeAccessIssue]
     *groups, rows, columns = parameter.shape
-    grid = (triton.cdiv(rows, 128), triton.cdiv(columns, 128), groups[0] if groups else 1)
-    adamw_fp8_kernel[grid](
-        *tensors, forward.data, forward.scale, transposed.data, transposed.scale,
-        rows, columns, place.offset, columns if place.contiguous else place.row_stride, *scalars,
-        HAS_MASTER=has_master, STOCHASTIC=stochastic, num_warps=16, enable_fp_fusion=False,
-    )  # fmt: skip
+    grid = (ceil_tiles(rows), ceil_tiles(columns), groups[0] if groups else 1)
+    fp8 = (forward.data, forward.scale, transposed.data, transposed.scale)
+    where = (rows, columns, place.offset, columns if place.contiguous else place.row_stride)
+    launch(adamw_fp8_kernel, grid, *tensors, *fp8, *where, *scalars, num_warps=TILE_WARPS, **flags)
 
 
 def _signed(key: int) -> int:

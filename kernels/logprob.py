@@ -132,7 +132,7 @@ class _Torch:
             return found, [] if keep else None
         kept: list[Tensor] = []
         logits_of = _Logits(hidden, weight, wide, reuse=not keep)
-        for rows in chunks(*hidden.shape[:1], weight.shape[0]):
+        for rows in chunks(len(targets), weight.shape[0]):
             logits = logits_of(rows)
             target, here = _own(targets[rows], weight.shape[0])
             torch.amax(logits, -1, out=found.maximum[rows])

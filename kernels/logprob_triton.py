@@ -14,14 +14,18 @@ matmul does.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from megalign.kernels.launch import launch, processors
 from megalign.kernels.logprob import Statistics, merged
+from megalign.kernels.tiles import TILE, ceil_tiles, round_up
 
-BLOCK_ROWS, BLOCK_VOCABULARY, BLOCK_DEPTH = 128, 128, 64
+BLOCK_ROWS, BLOCK_VOCABULARY, BLOCK_DEPTH = TILE, TILE, 64
 CHUNK_LOGITS = 2**28  # of the buffer of gradients: 512 MB in BF16
 
 
@@ -115,15 +119,14 @@ def shard_statistics(hidden: Tensor, weight: Tensor, targets: Tensor, *, entropy
     if count == 0 or vocabulary == 0:
         empty = torch.zeros(4, count, device=hidden.device)
         return Statistics(empty[0].fill_(torch.finfo(torch.float32).min), *empty[1:]), None
-    tiles = triton.cdiv(vocabulary, BLOCK_VOCABULARY)
-    blocks = triton.cdiv(count, BLOCK_ROWS)
-    splits = min(tiles, max(1, 4 * _programs(hidden) // blocks))
-    per_split = triton.cdiv(tiles, splits)
-    splits = triton.cdiv(tiles, per_split)
+    tiles = ceil_tiles(vocabulary)
+    blocks = ceil_tiles(count)
+    splits = min(tiles, max(1, 4 * processors(hidden.device) // blocks))
+    per_split = -(-tiles // splits)
+    splits = -(-tiles // per_split)
     parts = torch.zeros(4, splits, count, device=hidden.device)
-    statistics_kernel[(blocks, splits)](
-        hidden.contiguous(), weight.contiguous(), targets, *parts, count, vocabulary, hidden.shape[1], per_split, ENTROPY=entropy, **_tiles(hidden)
-    )
+    sizes = (count, vocabulary, hidden.shape[1], per_split)
+    launch(statistics_kernel, (blocks, splits), hidden.contiguous(), weight.contiguous(), targets, *parts, *sizes, ENTROPY=entropy, device=hidden.device, **_tiles(hidden))
     return merged(Statistics(*parts)), None
 
 
@@ -135,7 +138,7 @@ def shard_gradients(
     count, (vocabulary, depth) = len(targets), weight.shape
     if count == 0 or vocabulary == 0:
         return
-    stride = triton.cdiv(vocabulary, 8) * 8  # rows start on 16 bytes, as the GEMMs after it want them
+    stride = round_up(vocabulary, 8)  # rows start on 16 bytes, as the GEMMs after it want them
     size = min(count, max(BLOCK_ROWS, CHUNK_LOGITS // stride // BLOCK_ROWS * BLOCK_ROWS))
     buffer = hidden.new_empty(size, stride)
     hidden, weight, g = hidden.contiguous(), weight.contiguous(), g.contiguous()
@@ -143,10 +146,10 @@ def shard_gradients(
     for start in range(0, count, size):
         rows = slice(start, min(start + size, count))
         n = rows.stop - start
-        logit_gradients_kernel[(triton.cdiv(n, BLOCK_ROWS), triton.cdiv(vocabulary, BLOCK_VOCABULARY))](
-            hidden[rows], weight, targets[rows], log_z[rows], g[rows], upstream[rows], entropies[rows], buffer,
-            n, vocabulary, depth, stride, ENTROPY=h is not None, **_tiles(hidden),
-        )  # fmt: skip
+        grid = (ceil_tiles(n), ceil_tiles(vocabulary))
+        of_tokens = (targets[rows], log_z[rows], g[rows], upstream[rows], entropies[rows])
+        sizes = (n, vocabulary, depth, stride)
+        launch(logit_gradients_kernel, grid, hidden[rows], weight, *of_tokens, buffer, *sizes, ENTROPY=h is not None, device=hidden.device, **_tiles(hidden))
         gradients = buffer[:n, :vocabulary]
         if grad_hidden is not None:
             torch.mm(gradients, weight, out=grad_hidden[rows])
@@ -154,11 +157,7 @@ def shard_gradients(
             grad_weight.addmm_(gradients.t(), hidden[rows])
 
 
-def _tiles(hidden: Tensor) -> dict[str, int | str]:
+def _tiles(hidden: Tensor) -> dict[str, Any]:
     """FP32 operands are multiplied as such (no TF32): they come from tests and from FP32 training."""
     precision = "ieee" if hidden.dtype == torch.float32 else "tf32"
     return {"ROWS": BLOCK_ROWS, "COLUMNS": BLOCK_VOCABULARY, "DEPTH": BLOCK_DEPTH, "PRECISION": precision, "num_warps": 8, "num_stages": 3}
-
-
-def _programs(hidden: Tensor) -> int:
-    return torch.cuda.get_device_properties(hidden.device).multi_processor_count if hidden.is_cuda else 1

@@ -75,7 +75,7 @@ def _measure(recipe: Recipe, vocabulary: int, documents: int) -> dict[str, int]:
 
     from megalign.config.layout import layout_of
     from megalign.config.rules import check
-    from megalign.parallel import vocab
+    from megalign.kernels import logprob
     from megalign.parallel.grid import destroy_grid
     from megalign.parallel.init import in_distributed_launch
     from megalign.sft import token_loss
@@ -91,11 +91,11 @@ def _measure(recipe: Recipe, vocabulary: int, documents: int) -> dict[str, int]:
     states = {p.untyped_storage()._cdata for chunk in engine.chunks for p in chunk.parameters()}
     live = Live(states | {b.grad_data.untyped_storage()._cdata for b in buffers})
 
-    local_softmax = vocab._local_softmax
+    local_logits = logprob._Logits.__call__
 
-    def logits(*args: Any) -> Any:
-        result = local_softmax(*args)
-        live.add(result[0], result[0])  # kept outside autograd's own bookkeeping
+    def logits(self: Any, rows: slice) -> torch.Tensor:
+        result = local_logits(self, rows)
+        live.add(result, result)  # kept outside autograd's own bookkeeping
         return result
 
     def pack(tensor: torch.Tensor) -> _Saved:
@@ -103,12 +103,12 @@ def _measure(recipe: Recipe, vocabulary: int, documents: int) -> dict[str, int]:
         live.add(tensor, saved)
         return saved
 
-    vocab._local_softmax = logits
+    logprob._Logits.__call__ = logits
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
             engine.train_step(rows(recipe, layout.microbatches, vocabulary, documents), token_loss, 1e-4, 1)
     finally:
-        vocab._local_softmax = local_softmax
+        logprob._Logits.__call__ = local_logits
     destroy_grid()
     inner = [part.optimizer for part in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer])]
     owned = [parameter for optimizer in inner for group in optimizer.param_groups for parameter in group["params"]]

@@ -1,0 +1,90 @@
+"""The AdamW kernels against the torch path: the same bits in masters, moments, parameters and FP8 copies."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from exact_interpreter import record_launches
+
+from megalign.kernels.adamw import MixedPrecisionAdamW
+from megalign.kernels.rounding import Place
+from megalign.kernels.weight import Fp8Weight
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+def both_paths(shape: tuple[int, ...], dtype: torch.dtype, *, fp8: bool, steps: int = 2, place: Place | None = None, edit: Any = None, **settings: Any) -> list[str]:
+    """Names of what differs after `steps` of the two paths from the same start."""
+    start = torch.randn(*shape, generator=torch.Generator().manual_seed(5)).to(dtype)
+    runs = []
+    for backend in ("torch", "triton"):
+        p = torch.nn.Parameter(start.clone())
+        if fp8:
+            Fp8Weight.of(p)
+        if place is not None:
+            p.place = place  # pyright: ignore[reportAttributeAccessIssue]
+        optimizer = MixedPrecisionAdamW([("weight", p)], lr=1e-2, betas=(0.9, 0.95), backend=backend, **settings)
+        for step in range(steps):
+            p.grad = torch.randn(*shape, generator=torch.Generator().manual_seed(step)).to(dtype)
+            if edit is not None:
+                edit(p.grad)
+            optimizer.step(gradient_scale=0.3)
+        runs.append({**optimizer.state[p], "parameter": p.detach()})
+        if fp8:
+            holder = Fp8Weight.of(p)
+            version = holder.made_from
+            for name, part in zip(("W", "W^T"), holder.current(p)):
+                runs[-1] |= {f"{name} bytes": part.data.view(torch.uint8), f"{name} scale": part.scale.view(torch.int32)}
+            assert holder.made_from == version, "the step left an old FP8 copy"
+    return [name for name in runs[0] if not torch.equal(*(_bits(run[name]) for run in runs))]
+
+
+def _bits(x: torch.Tensor) -> torch.Tensor:
+    return x.view(torch.int32) if x.dtype == FP32 else x.view(torch.int16) if x.dtype == BF16 else x
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("first, second, rounding", [(BF16, BF16, "stochastic"), (BF16, FP32, "stochastic"), (FP32, FP32, "nearest"), (BF16, BF16, "nearest")])
+def test_flat_kernel_gives_the_bits_of_torch(dtype: torch.dtype, first: torch.dtype, second: torch.dtype, rounding: str):
+    with record_launches() as launches:
+        assert both_paths((77, 60), dtype, fp8=False, first_moment=first, second_moment=second, rounding=rounding) == []
+    assert [launch.kernel.split(":")[1] for launch in launches] == ["adamw_flat_kernel"] * 2
+
+
+@pytest.mark.parametrize("shape", [(128, 128), (200, 300), (3, 130), (129, 1), (2, 140, 96)])
+def test_tile_kernel_gives_the_bits_of_torch_and_the_fp8_copy(shape: tuple[int, ...]):
+    """Whole tiles, tails in both directions, and the weights of two experts."""
+    with record_launches() as launches:
+        assert both_paths(shape, BF16, fp8=True) == []
+    assert [launch.kernel.split(":")[1] for launch in launches] == ["adamw_fp8_kernel"] * 2  # and no quantisation after it
+
+
+def test_tile_kernel_of_fp32_parameters():
+    assert both_paths((140, 150), FP32, fp8=True, first_moment=FP32, second_moment=FP32) == []
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_shards_draw_the_noise_of_their_place(fp8: bool):
+    """A cut by columns behind 2^32 elements: both halves of the counter count."""
+    place = Place(offset=5 * 2**32 + 60, columns=60, row_stride=120)
+    assert both_paths((40, 60), BF16, fp8=fp8, place=place) == []
+    if not fp8:
+        assert both_paths((2400,), BF16, fp8=False, place=Place(60, 60, 120, start=1000)) == []
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_non_finite_gradient_marks_its_tile_alone(value: float):
+    def edit(gradient: torch.Tensor) -> None:
+        gradient[150, 20] = value
+
+    assert both_paths((200, 260), BF16, fp8=True, steps=1, edit=edit) == []
+    p = torch.nn.Parameter(torch.randn(200, 260).to(BF16))
+    holder = Fp8Weight.of(p)
+    p.grad = torch.randn(200, 260).to(BF16)
+    edit(p.grad)
+    MixedPrecisionAdamW([p], backend="triton").step()
+    forward, _ = holder.current(p)
+    assert forward.scale.isnan().tolist() == [[False, False, False], [True, False, False]] and int(forward.non_finite_tiles()) == 1
