@@ -156,7 +156,7 @@ def machine_code(cubin: bytes) -> dict[str, Any]:
 def accesses(code: str) -> dict[str, int]:
     """Global loads and stores by width in bits; TMA transfers by direction."""
     found: Counter[str] = Counter()
-    for kind, suffix in re.findall(r"\b(LDG|STG|ATOMG|RED|LDGSTS)((?:\.\w+)*)", code):
+    for kind, suffix in re.findall(r"\b(LDGSTS|LDG|STG|ATOMG|RED)\b((?:\.\w+)*)", code):
         width = re.search(r"\.[US]?(8|16|64|128)\b", suffix)
         found[f"{kind}.{width[1] if width else 32}"] += 1
     for kind in re.findall(r"\b(UTMALDG|UTMASTG|UTMAREDG)", code):
