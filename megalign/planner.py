@@ -206,10 +206,12 @@ def _time_table(facts: dict[str, Any]) -> RenderableType:
     table.add_row("matmuls of a microbatch", _duration(time["matmul"]), f"{time['flops']:.3g} FLOPs / ({peak:.3g} * {device['matmul_share']:g})")
     table.add_row("memory of a microbatch", _duration(time["memory"]), f"{time['memory'] * device['memory_bandwidth']:.3g} bytes / {device['memory_bandwidth']:.3g}")
     table.add_row("collectives of a microbatch", _duration(time["communication"]), f"link {device['link']:.3g}, network {device['network']:.3g} bytes/s")
+    if device["launch"]:
+        table.add_row("operations of a microbatch", _duration(time["launches"]), f"{time['launches'] / device['launch']:,.0f} * {device['launch'] * 1e6:.1f} us")
     table.add_row("microbatches and bubble", "", f"{time['microbatches']} + {time['bubble']:g}")
     table.add_row("gradients and weights of replicas", _duration(time["replicas"]), "")
     table.add_row("optimizer", _duration(time["optimizer"]), "")
-    micro = time["matmul"] + time["memory"] + time["communication"]
+    micro = time["matmul"] + time["memory"] + time["communication"] + time["launches"]
     sums = f"({time['microbatches']} + {time['bubble']:g}) * {_duration(micro)} + {_duration(time['replicas'])} + {_duration(time['optimizer'])}"
     table.add_row("step", _duration(time["total"]), sums, style="bold")
     table.columns[-1].justify = "left"

@@ -11,6 +11,8 @@ class Device:
 
     matmul_share: what a model's matmuls reach of the peak. An assumption where `source` is a data sheet (large
     matmuls on Hopper are usually reported between 0.5 and 0.75); 1 where the peak is that of a measured matmul.
+    launch: what an operation costs the processor besides its arithmetic: dispatch, autograd, Python. 0 for a GPU, which
+    runs behind its launches; there a model of small operations is slower than planned.
     usable: share of the memory that planned parts may fill; the framework, communication buffers, gradients of
     activations and fragmentation take the rest.
     """
@@ -26,6 +28,7 @@ class Device:
     source: str
     matmul_share: float = 0.6
     usable: float = 0.9
+    launch: float = 0.0  # seconds
     kind: str = "cuda"
 
     def flops(self, precision: str) -> float:

@@ -4,8 +4,9 @@
 
 A microbatch costs its matmuls over the peak, five passes over the tensors that autograd would keep (written, read
 forward, read backward, its gradient written and read) and three over weights, two over FP32 gradients, over the
-memory's bandwidth, and its collectives over their wires. Nothing is assumed to overlap, and no launch or latency is
-counted: small models are slower than this.
+memory's bandwidth, its collectives over their wires, and on a CPU its operations at what each costs besides arithmetic.
+Nothing is assumed to overlap, no latency is counted, attention and small matmuls are taken to reach the peak: a lower
+bound. docs/plan-cost.md has it beside measured steps.
 
 # T tokens of a microbatch on a rank, D hidden size, H heads, K and V sizes of key and value, S positions
 """
@@ -23,6 +24,9 @@ from megalign.config.recompute import recomputed_modules
 from megalign.config.schema import Recipe
 
 PASSES = 5  # over a kept tensor; see above
+# Operations that torch dispatches, views included, on one rank; fitted to counts of real steps (tests/trainer/test_flops.py).
+OPERATIONS = {"dense": 270, "experts": 360, "expert": 37, "shared": 75, "qk_layernorm": 37, "rest": 102}  # a layer and microbatch
+STEP_OPERATIONS = {"layer": 105, "expert": 30, "rest": 433}  # gradients and optimizer, once a step
 ADAM_BYTES = {"fp32": 4 * 7, "bf16": 4 * 7 + 2}  # reads gradient, weight, both moments; writes weight, both moments (and BF16)
 
 
@@ -31,9 +35,10 @@ class StepTime:
     """Seconds of one step of the rank that is slowest."""
 
     total: float
-    matmul: float  # a microbatch, like the next two
+    matmul: float  # a microbatch, like the next three
     memory: float
     communication: float
+    launches: float
     microbatches: int
     bubble: float  # microbatches' time that the pipeline waits
     replicas: float
@@ -76,12 +81,36 @@ def _stage(recipe: Recipe, layout: Layout, rows: int, device: Device, stage: int
     inside = sum(seconds(part, layout, device) for part in traffic if not _once_a_step(part)) / m
     matmul = flops / (device.flops(recipe.train.precision) * device.matmul_share)
     memory = moved / device.memory_bandwidth
+    launches = device.launch * operations(recipe, layout, stage)
+    once = device.launch * step_operations(recipe, layout, stage)
     bubble = (layout.pp - 1) / layout.vpp
     sharded = recipe.parallel.use_distributed_optimizer
     owned = dense // (layout.dp * layout.cp) + experts // layout.expert_dp if sharded else dense + experts
-    optimizer = owned * ADAM_BYTES[recipe.train.precision] / device.memory_bandwidth
-    total = (m + bubble) * (matmul + memory + inside) + between + optimizer
-    return StepTime(total, matmul, memory, inside, m, bubble, between, optimizer, flops, stage)
+    optimizer = owned * ADAM_BYTES[recipe.train.precision] / device.memory_bandwidth + once
+    total = (m + bubble) * (matmul + memory + inside + launches) + between + optimizer
+    return StepTime(total, matmul, memory, inside, launches, m, bubble, between, optimizer, flops, stage)
+
+
+def operations(recipe: Recipe, layout: Layout, stage: int) -> float:
+    """Operations dispatched for a microbatch, forward and backward; what is recomputed runs its forward, a third, again."""
+    model, modules = recipe.model, recomputed_modules(recipe)
+    total = 0.0
+    for number in stage_numbers(recipe, layout, stage):
+        layer = OPERATIONS["qk_layernorm"] * model.qk_layernorm
+        if has_experts(model, number):
+            layer += OPERATIONS["experts"] + OPERATIONS["expert"] * (model.num_moe_experts or 0) / layout.ep
+            layer += OPERATIONS["shared"] * bool(model.moe_shared_expert_intermediate_size)
+        else:
+            layer += OPERATIONS["dense"]
+        total += layer * (4 / 3 if recipe.train.recompute_granularity == "full" else 6 / 5 if "moe" in modules else 1)
+    return total + OPERATIONS["rest"]
+
+
+def step_operations(recipe: Recipe, layout: Layout, stage: int) -> float:
+    """Operations dispatched once a step."""
+    numbers = stage_numbers(recipe, layout, stage)
+    experts = sum(has_experts(recipe.model, number) for number in numbers) * (recipe.model.num_moe_experts or 0) / layout.ep
+    return STEP_OPERATIONS["rest"] + STEP_OPERATIONS["layer"] * len(numbers) + STEP_OPERATIONS["expert"] * experts
 
 
 def microbatch_flops(recipe: Recipe, layout: Layout, rows: int, stage: int, tokens: int, scored: float = 1.0, attended: float | None = None) -> float:

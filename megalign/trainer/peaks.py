@@ -10,8 +10,10 @@ import socket
 import threading
 import time
 from functools import cache
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalign.config.hardware import Device
 from megalign.parallel.init import cpu_cores
@@ -66,7 +68,8 @@ def _best_seconds(size: int, dtype: torch.dtype, device: torch.device) -> float:
 def measured_cpu(ranks: int, precision: str) -> Device:
     """This machine as `ranks` devices of one thread each, its cores shared when there are fewer: measured, about 1 s.
 
-    Matmul by `device_peak_flops`, memory by copying 64 MB, the wire by a loopback socket, over which gloo sends.
+    Matmul as `device_peak_flops` does it, memory by copying 64 MB, the wire by a loopback socket, over which gloo sends, an
+    operation by a chain of small modules forward and backward.
     """
     import psutil
 
@@ -74,12 +77,52 @@ def measured_cpu(ranks: int, precision: str) -> Device:
     torch.set_num_threads(1)
     try:
         share = min(1.0, cpu_cores() / ranks)
-        peak = device_peak_flops(torch.bfloat16 if precision == "bf16" else torch.float32, "cpu") * share
+        size, dtype = MATMUL_SIZE["cpu"], torch.bfloat16 if precision == "bf16" else torch.float32
+        peak = 2 * size**3 / _best_seconds(size, dtype, torch.device("cpu")) * share  # now, not when the process began
         copied = _copy_rate() * share
+        launch = _operation_seconds() / share
     finally:
         torch.set_num_threads(threads)
     memory, wire = psutil.virtual_memory().total / ranks, _socket_rate() * share
-    return Device("cpu", memory, peak, peak, copied, wire, wire, ranks, f"measured here, {cpu_cores()} cores", matmul_share=1.0, kind="cpu")
+    return Device("cpu", memory, peak, peak, copied, wire, wire, ranks, f"measured here, {cpu_cores()} cores", matmul_share=1.0, kind="cpu", launch=launch)
+
+
+def _operation_seconds(blocks: int = 32) -> float:
+    """What one dispatched operation takes when its arithmetic is nothing: norm, linear layers, gate and residual at width 8."""
+    from torch import nn
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.up, self.down = nn.RMSNorm(8), nn.Linear(8, 16), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            gate, value = self.up(self.norm(x)).chunk(2, -1)
+            return x + self.down(nn.functional.silu(gate) * value)
+
+    with torch.random.fork_rng(devices=[]):
+        model, x = nn.Sequential(*[Block() for _ in range(blocks)]), torch.ones(4, 8)
+
+    def once() -> float:
+        model.zero_grad()
+        started = time.perf_counter()
+        model(x).sum().backward()
+        return time.perf_counter() - started
+
+    once()
+    with _Count() as counted:
+        once()
+    return min(once() for _ in range(10)) / counted.operations
+
+
+class _Count(TorchDispatchMode):
+    """Counts the operations that reach a backend."""
+
+    operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations += 1
+        return func(*args, **(kwargs or {}))
 
 
 def _copy_rate(size: int = 64 * 2**20) -> float:

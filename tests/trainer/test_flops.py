@@ -1,4 +1,4 @@
-"""The plan's FLOPs against torch's own count of a real forward and backward."""
+"""The plan's FLOPs and operations against torch's own count of a real forward and backward."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from ranks import run_ranks
 from test_memory import DENSE, MOE, UNIFORM, VOCABULARY, case, selective
 
 from megalign.config.layout import layout_of, padded_vocab
-from megalign.config.predict import microbatch_flops
+from megalign.config.predict import microbatch_flops, operations, step_operations
 from megalign.config.schema import Recipe
 
 CASES = [case(DENSE, {}), case({**DENSE, "share_embeddings_and_output_weights": True}, {}), case(MOE, {}), case(DENSE, {}, **UNIFORM),
          case(DENSE, {}, **selective("mlp")), case(MOE, {}, **selective("moe"))]  # fmt: skip
 
 
-def count(cases: list) -> list[float]:
-    """FLOPs of one step of each recipe."""
+def count(cases: list) -> list[tuple[float, int]]:
+    """FLOPs and dispatched operations of one step of each recipe."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
     from megalign.parallel.grid import destroy_grid
     from megalign.sft import token_loss
     from megalign.trainer.engine import Engine
+    from megalign.trainer.peaks import _Count
     from megalign.trainer.run import grid_of
 
     found = []
@@ -33,7 +34,9 @@ def count(cases: list) -> list[float]:
         batches = rows(recipe, layout_of(recipe, 1).microbatches, VOCABULARY)
         with FlopCounterMode(display=False, custom_mapping=_unknown_to_torch(torch.ops.aten)) as counter:
             engine.train_step(batches, token_loss, 1e-4, 1)
-        found.append(float(counter.get_total_flops()))
+        with _Count() as counted:
+            engine.train_step(batches, token_loss, 1e-4, 2)
+        found.append((float(counter.get_total_flops()), counted.operations))
         destroy_grid()
     return found
 
@@ -56,10 +59,12 @@ def _unknown_to_torch(aten: Any) -> dict[Any, Any]:
 
 
 def test_planned_flops_are_counted_flops():
-    """Within 1 %: norms and routers are counted as matmuls. Documents of 128 tokens."""
-    for given, counted in zip(CASES, run_ranks(count, 1, CASES)[0], strict=True):
+    """Within 1 %: norms and routers are counted as matmuls. Documents of 128 tokens. Operations within 10 %."""
+    for given, (counted, dispatched) in zip(CASES, run_ranks(count, 1, CASES)[0], strict=True):
         recipe = Recipe.model_validate(given)
         layout = layout_of(recipe, 1)
         tokens = recipe.data.sequence_length
         planned = layout.microbatches * microbatch_flops(recipe, layout, padded_vocab(VOCABULARY, 1), 0, tokens, (tokens - 2) / tokens, attended=128)
         assert abs(planned / counted - 1) < 0.01, (given["train"], planned / counted)
+        expected = layout.microbatches * operations(recipe, layout, 0) + step_operations(recipe, layout, 0)
+        assert abs(expected / dispatched - 1) < 0.1, (given, expected / dispatched)
