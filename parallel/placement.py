@@ -204,8 +204,8 @@ def _infer(name: str, parameter: Any, owner: Any, config: Any, grid: Grid) -> tu
                 'Where it sees other tokens, say declare(parameter, tensor="full" or "partial")'
             )
         return (), {"tensor": "sequence"}, f"{kind} on this rank's tokens"
-    if cut:
-        return ("tensor",), {}, "tensor_model_parallel"
+    if cut and is_cut_layer(kind):
+        return ("tensor",), {}, kind
     if getattr(parameter, "average_gradients_across_tp_domain", False):
         return (), {"tensor": "duplicated"}, "average_gradients_across_tp_domain"
     if grid.tensor.size == 1:
@@ -216,8 +216,14 @@ def _infer(name: str, parameter: Any, owner: Any, config: Any, grid: Grid) -> tu
     )
 
 
+_CUT = re.compile("(TE)?((LayerNorm)?(Column|Row)Parallel(Grouped)?Linear|VocabParallelEmbedding)")
 # Modules that are never cut over tensor ranks.
 _FOLLOWS_TOKENS = ("RMSNorm", "LayerNorm", "TopKRouter", "Linear")
+
+
+def is_cut_layer(kind: str) -> bool:
+    """Whether modules of a class of this name always cut their weights over tensor ranks."""
+    return _CUT.fullmatch(kind) is not None
 
 
 def _with_reducers(p: Placement, config: Any, hooks: bool) -> Placement:

@@ -181,7 +181,7 @@ class Reduction:
 
     def __init__(self) -> None:
         self.buckets: list[Bucket] = []
-        self.final: list[tuple[Any, list[list[torch.nn.Parameter]]]] = []  # (group of stages, copies on this rank of each parameter)
+        self.final: list[tuple[Any, list[list[torch.nn.Parameter]]]] = []  # (group of stages, the copies on this rank of each parameter)
         self.accumulators: list[Any] = []
         self.final_bytes = 0
 
@@ -195,7 +195,7 @@ class Reduction:
         for group, parameters in self.final:
             sums = [torch.stack([gradient_of(copy) for copy in copies]).sum(0) for copies in parameters]  # pyright: ignore
             flat = torch.cat([total.reshape(-1) for total in sums])
-            if group is not None:
+            if group.size() > 1:
                 dist.all_reduce(flat, group=group)
                 self.final_bytes += flat.numel() * flat.element_size()
             for copies, total in zip(parameters, flat.split([s.numel() for s in sums]), strict=True):
@@ -210,20 +210,36 @@ def attach(chunks: Sequence[Any], placements: Sequence[Placement], grid: Grid, *
     """
     reduction = Reduction()
     config = chunks[0].config
-    for axis in ("tensor", "expert_tensor"):
-        mine = {id(p.parameter): p for p in placements if p.reducers.get(axis) == HOOK}
-        if not mine:
-            continue
-        # A communicator of its own: these messages pass those of the layers in between, in an order of their own.
-        group = dist.new_group(dist.get_process_group_ranks(getattr(grid, axis).group), use_local_synchronization=True)
-        for chunk in chunks:
+    mine = {axis: {id(p.parameter): p for p in placements if p.reducers.get(axis) == HOOK} for axis in ("tensor", "expert_tensor")}
+    ranks = {axis: tuple(dist.get_process_group_ranks(getattr(grid, axis).group)) for axis in mine}
+    stages = _stage_copies(placements, grid)
+    # Communicators of their own: these messages pass those of the layers in between, in an order of their own.
+    groups = new_groups([*(ranks[axis] for axis, held in mine.items() if held), *stages])
+    for axis, held in mine.items():
+        for chunk in chunks if held else ():
             for ddp_group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
-                _attach_to(ddp_group, mine, axis, group, bucket_bytes, reduction)
+                _attach_to(ddp_group, held, axis, groups[ranks[axis]], bucket_bytes, reduction)
     if reduction.buckets:
         no_sync = [chunk.no_sync for chunk in chunks]
         config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
-    _attach_stages(placements, grid, config, reduction)
+    if stages:
+        reduction.final = [(groups[holders], list(copies.values())) for holders, copies in stages.items()]
+        megatrons = config.finalize_model_grads_func
+
+        def finalize(*args: Any, **kwargs: Any) -> None:
+            megatrons(*args, **kwargs)
+            reduction.finish_stages()
+
+        config.finalize_model_grads_func = finalize
     return reduction
+
+
+def new_groups(wanted: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], Any]:
+    """A new process group for every tuple of ranks that any rank wants (collective); those of this rank."""
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, list(wanted))
+    # Not use_local_synchronization: it names a group by its ranks, so a second one of the same ranks meets the first one's keys.
+    return {ranks: dist.new_group(list(ranks)) for ranks in sorted({ranks for asked in everywhere for ranks in asked})}
 
 
 def _attach_to(ddp_group: Any, mine: dict[int, Placement], axis: str, group: Any, bucket_bytes: int, reduction: Reduction) -> None:
@@ -266,21 +282,11 @@ def _when_last(ddp_group: Any, bucket: Bucket, parameter: torch.nn.Parameter) ->
     return hook
 
 
-def _attach_stages(placements: Sequence[Placement], grid: Grid, config: Any, reduction: Reduction) -> None:
-    copies: dict[tuple[int, ...], dict[str, list[torch.nn.Parameter]]] = {}
-    for p in placements:
-        if p.reducers.get("pipeline") == FINAL_HOOK:
-            copies.setdefault(p.stages, {}).setdefault(p.name, []).append(p.parameter)
-    if not copies:
-        return
+def _stage_copies(placements: Sequence[Placement], grid: Grid) -> dict[tuple[int, ...], dict[str, list[torch.nn.Parameter]]]:
+    """Ranks that hold copies on their stages -> name -> the copies of this rank; in the same order on all of them."""
     ranks = dist.get_process_group_ranks(grid.pipeline.group)
-    for stages in sorted(copies):
-        group = dist.new_group([ranks[stage] for stage in stages], use_local_synchronization=True)
-        reduction.final.append((group, [copies[stages][name] for name in sorted(copies[stages])]))
-    megatrons = config.finalize_model_grads_func
-
-    def finalize(*args: Any, **kwargs: Any) -> None:
-        megatrons(*args, **kwargs)
-        reduction.finish_stages()
-
-    config.finalize_model_grads_func = finalize
+    copies: dict[tuple[int, ...], dict[str, list[torch.nn.Parameter]]] = {}
+    for p in sorted(placements, key=lambda p: (p.stages, p.name)):
+        if p.reducers.get("pipeline") == FINAL_HOOK:
+            copies.setdefault(tuple(ranks[stage] for stage in p.stages), {}).setdefault(p.name, []).append(p.parameter)
+    return copies

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from megalign.parallel.grid import Grid
 from megalign.parallel.placement import NOBODY, Placement
+from megalign.parallel.reduction import new_groups
 
 Class = Literal["position_embeddings", "expert_parallel"]
 _POSITION = ("position_embeddings.weight", "linear_kv_down_proj.weight")  # of the latter, the rotary key's rows
@@ -37,7 +38,7 @@ def leave_out(chunks: Sequence[Any], placements: Sequence[Placement], grid: Grid
     chosen = members(placements, classes)
     mine = {id(p.parameter): p.parameter for p in chosen if p.parameter.requires_grad}
     still = sorted(set(dist.get_process_group_ranks(grid.data_context.group)) & set(dist.get_process_group_ranks(grid.expert_data.group)))
-    group = dist.new_group(still, use_local_synchronization=True) if len(still) > 1 else None
+    group = new_groups([tuple(still)])[tuple(still)]
     for chunk in chunks:
         for ddp_group in chunk.bucket_groups:
             held = [mine[id(p)] for bucket in ddp_group.buckets for p in bucket.params_list if id(p) in mine]
@@ -61,7 +62,7 @@ def _keep_local(ddp_group: Any, parameters: list[Any], group: Any) -> None:
     def finish_grad_sync(*args: Any, **kwargs: Any) -> None:
         finish(*args, **kwargs)
         for parameter, gradient in zip(parameters, kept, strict=True):
-            if group is not None:
+            if group.size() > 1:
                 dist.all_reduce(gradient, group=group)
                 gradient.div_(group.size())
             parameter.main_grad.copy_(gradient)

@@ -265,6 +265,14 @@ class DPOConfig(Section):
     on_collapse: Literal["warn", "stop"] = Field(default="warn", description="when chosen answers become less likely while the loss falls")
 
 
+class AuditConfig(Section):
+    """Whether all copies of a parameter are, and stay, equal (docs/replicated-gradients.md)."""
+
+    interval: int | None = Field(default=100, ge=1, description="steps between comparisons of weights, gradients, buffers and moments; null: never")
+    on_failure: Literal["warn", "stop", "repair"] = Field(default="warn", description="repair: every copy gets the values of the first rank that holds it")
+    probe: bool = Field(default=False, description="before the first step, compare gradients with differences of the loss, in FP64 on a copy of the model")
+
+
 class Recipe(Section):
     """One run."""
 
@@ -277,4 +285,5 @@ class Recipe(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     dpo: DPOConfig = DPOConfig()
+    audit: AuditConfig = AuditConfig()
     logging: LoggingConfig = LoggingConfig()

@@ -35,6 +35,7 @@ from megalign.parallel.reduction import Reduction, attach
 from megalign.parallel.saving import Save
 from megalign.parallel.schedule import forward_backward, from_last_stage, sum_over
 from megalign.parallel.unsynchronised import leave_out
+from megalign.trainer.audit import RunAudit
 from megalign.trainer.experts import ExpertWatch
 from megalign.trainer.guard import TrainingStopped, describe_non_finite
 from megalign.trainer.objective import Objective, denominators, scalar_and_sums
@@ -123,6 +124,7 @@ class Engine:
                 overlap_param_gather=parallel.overlap_param_gather,
                 **recipe.optimizer.model_dump(include=ADAM),
             )
+            self.audit = RunAudit(self)
 
     def train_step(self, microbatches: Sequence[Batch], objective: Objective, lr: float, step: int) -> StepResult:
         """Forward, backward, clip, update. Raises TrainingStopped, before the update, on anything not finite."""
@@ -132,6 +134,7 @@ class Engine:
         sums, losses = self._run(microbatches, objective, forward_only=False)
         if self.recipe.train.nan_guard:
             self._stop_if_not_finite(losses, step)
+        self.audit.before_update(step)
         with self.phases("optimizer"):
             set_learning_rate(self.optimizer, lr)
             _, grad_norm, _ = self.optimizer.step()

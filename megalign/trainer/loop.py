@@ -53,6 +53,7 @@ def fit(
     started = time.monotonic()
     if resume_from is not None:
         run.resume(resume_from)
+    engine.audit.start(run.progress.step, log)
     if run.evaluation_is_owed():
         run.evaluate()
 
@@ -76,6 +77,7 @@ def fit(
         instruments.after_step(at, seconds)
         checkpoints.poll()
         run.look_for_trouble(step)
+        engine.audit.report(at, log)
 
         out_of_time = config.max_minutes is not None and any_rank(time.monotonic() - started > config.max_minutes * 60, grid)
         preempted = any_rank(stop.received is not None, grid)
@@ -97,6 +99,7 @@ def fit(
     if run.saved_at != run.progress.step and run.progress.step > 0:
         run.save()
     checkpoints.wait()
+    engine.audit.close(run.progress.step, log)
     instruments.close(run.progress.step)
     engine.phases.watched = False
     _say_why_it_ended(run, log)

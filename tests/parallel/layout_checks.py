@@ -96,9 +96,10 @@ class Run:
         bf16: bool = False,
         bucket_size: int | None = None,
         prepare: Any = None,
+        tamper: Any = None,
         rows: int = 4,
     ):
-        """hooks: as `place` takes it; None: megatron alone. prepare(models, grid): what is changed before parameters are placed."""
+        """hooks: as `place` takes it; None: megatron alone. prepare(models, grid), tamper(run): before and after parameters are placed."""
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
         from megatron.core.transformer.module import Float16Module
 
@@ -122,6 +123,8 @@ class Run:
         if hooks is not None:
             named: Any = [(name, parameter) for name, parameter, _ in named_parameters(models, self.grid)]
             self.placements = place(models, named, self.grid, hooks=hooks)
+        if tamper is not None:
+            tamper(self)
         chunks: list[Any] = [Float16Module(self.config, chunk) for chunk in models] if bf16 else models
         self.chunks = wrap_data_parallel(
             chunks, self.config, use_distributed_optimizer=distributed, overlap_grad_reduce=overlap, bucket_size=bucket_size
