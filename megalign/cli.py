@@ -162,6 +162,30 @@ def average(
 
 
 @app.command()
+def audit(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps on random tokens, compared at each.")] = 3,
+    probe: Annotated[bool, typer.Option(help="Hold gradients against differences of the loss, in FP64.")] = True,
+) -> None:
+    """Check that copies of parameters are reduced as they must be on a recipe's layout; exit code 1 if not."""
+    from megalign.config.layout import world_size_of
+    from megalign.config.load import load_recipe
+    from megalign.config.rules import check
+
+    loaded = load_recipe(recipe, overrides or [])
+    ranks = world_size_of(loaded)
+    check(loaded, ranks)
+
+    def work(world: Any) -> None:
+        from megalign.audit import audit as run
+
+        run(loaded, world, steps=steps, probe=probe)
+
+    _run_ranks(ranks, Path(tempfile.gettempdir()) / "megalign-audit", work)
+
+
+@app.command()
 def doctor(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where runs will be written; on a cluster, a folder all nodes share.")] = Path("."),
     ranks: Annotated[int, typer.Option(min=1, help="Local ranks to start; not used inside torchrun, srun or mpirun.")] = 2,
@@ -338,7 +362,7 @@ def _run_ranks(ranks: int, folder: Path, work: Callable[[Any], None]) -> None:
 
 def _is_expected(error: BaseException) -> bool:
     """True if the message is all a user needs: no traceback."""
-    names = {"ConfigError", "DataError", "RunError", "CheckpointError", "TrainingStopped", "TrackerError", "ConversionError", "PlacementError"}
+    names = {"ConfigError", "DataError", "RunError", "CheckpointError", "TrainingStopped", "TrackerError", "ConversionError", "PlacementError", "AuditFailed"}
     files = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
     full_or_broken = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
     return full_or_broken or isinstance(error, files) or any(kind.__name__ in names for kind in type(error).__mro__)

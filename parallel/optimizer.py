@@ -17,8 +17,9 @@ def wrap_data_parallel(
     overlap_grad_reduce: bool = False,
     overlap_param_gather: bool = False,
     bucket_size: int | None = None,
+    grad_reduce_in_fp32: bool = True,
 ) -> list[Any]:
-    """Wrap model chunks in megatron's DDP: FP32 main gradients, reduced over data-parallel ranks.
+    """Wrap model chunks in megatron's DDP: FP32 main gradients (or of the parameters' dtype), reduced over data-parallel ranks.
 
     Sets the hooks of `config` (megatron's TransformerConfig) through which the schedule finds them.
     """
@@ -29,7 +30,7 @@ def wrap_data_parallel(
     )
 
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=grad_reduce_in_fp32,
         use_distributed_optimizer=use_distributed_optimizer,
         overlap_grad_reduce=overlap_grad_reduce,
         overlap_param_gather=overlap_param_gather,
