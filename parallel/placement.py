@@ -146,7 +146,8 @@ def _settle(name: str, parameter: Any, owner: Any, config: Any, grid: Grid, stag
         shard, said, source = declared.shard, dict(declared.gradients), "declared"
     else:
         shard, said, source = _infer(name, parameter, owner, config, grid)
-        if stages and not tied:
+        # With multi-token prediction the last stage embeds as well; megatron adds up the word table's gradients only.
+        if stages and not tied and source != "position embedding":
             raise PlacementError(
                 f"{name}: pipeline stages {', '.join(map(str, stages))} each hold a copy, and nothing adds up their gradients; "
                 'say declare(parameter, pipeline="partial"), or keep it on one stage'

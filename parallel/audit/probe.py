@@ -42,13 +42,13 @@ def probe(chunks: Sequence[Any], held: Sequence[Held], placements: Sequence[Plac
 
     Raises RuntimeError if the routers choose other experts at every step size.
     """
-    kept = [buffer.clone() for chunk in chunks for buffer in chunk.buffers()]
+    kept = [buffer.clone() for chunk in chunks for buffer in chunk.module.buffers()]
     routing = _Routing(chunks)
     for chunk in chunks:
         chunk.train()
         chunk.zero_grad_buffer()
     loss(True)
-    for buffer, value in zip((b for chunk in chunks for b in chunk.buffers()), kept, strict=True):
+    for buffer, value in zip((b for chunk in chunks for b in chunk.module.buffers()), kept, strict=True):
         buffer.copy_(value)  # the expert bias has been updated
     problem = _Problem(held, loss, routing, grid)
     whole = problem.gradient_norm(None)

@@ -111,3 +111,55 @@ def sweep(cases: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[dict[str, 
         get_moe_layer_wise_logging_tracker().clear()
         found.append(extra_gradients(*case))
     return found
+
+
+def plain_moe(synchronised: bool, layer_changes: dict[str, Any], bf16: bool = False) -> dict[str, Any]:
+    """One MoE layer under expert parallelism over the world, no DDP: two microbatches, gradients of everything by global name.
+
+    24 tokens in all, the same on every layout; each rank has its share, and the loss is a sum over all of them.
+    """
+    from moe_checks import layer
+
+    from megalign.parallel.reduction import reduce_in_backward
+
+    world, rank = dist.get_world_size(), dist.get_rank()
+    module = layer(moe_shared_expert_intermediate_size=20, **layer_changes)
+    if bf16:
+        module.bfloat16()
+    ep = module.ep_group
+    copies = [(name, p) for name, p in module.named_parameters() if ".local_experts." not in f".{name}"]
+    hooks = reduce_in_backward(copies, ep, fp32=True, bucket_bytes=1500) if synchronised else None
+    numbers = torch.Generator().manual_seed(0)
+    x, target = (torch.randn(24, 1, 16, generator=numbers).chunk(world)[rank].to(next(module.parameters()).dtype) for _ in range(2))
+    for number, (part, weights) in enumerate(zip(x.chunk(2), target.chunk(2), strict=True)):
+        loss = (module(part.clone().requires_grad_())[0] * weights).sum()
+        if hooks is not None and number == 0:
+            with hooks.no_sync():
+                loss.backward()
+        else:
+            loss.backward()
+    first = rank * len(module.experts.local_experts)
+    mine = {}
+    for name, p in module.named_parameters():
+        head, _, tail = name.partition("local_experts.")
+        if tail:
+            number, _, rest = tail.partition(".")
+            name = f"{head}local_experts.{first + int(number)}.{rest}"
+        mine[name] = p.grad.float()
+    everywhere: list[Any] = [None] * world
+    dist.all_gather_object(everywhere, mine)
+    spread = max(float((found[name] - everywhere[0][name]).abs().max()) for found in everywhere for name, _ in copies)
+    bytes_sent = sum(bucket.bytes for bucket in hooks.buckets) if hooks else 0
+    least = sum(4 * p.numel() for _, p in copies) if hooks and world > 1 else 0
+    return {"grads": {name: g for found in reversed(everywhere) for name, g in found.items()}, "spread": spread, "bytes": bytes_sent, "least": least}
+
+
+def plain_sweep(cases: list[Any]) -> list[Any]:
+    """`plain_moe` of several cases in one launch."""
+    from megalign.parallel.grid import destroy_grid
+
+    found = []
+    for case in cases:
+        found.append(plain_moe(*case))
+        destroy_grid()
+    return found
