@@ -18,6 +18,7 @@ from megalign.parallel.audit.findings import Finding
 from megalign.parallel.init import World
 from megalign.parallel.placement import summary, table
 from megalign.trainer.engine import Engine
+from megalign.trainer.metrics import NullLogger
 from megalign.trainer.probing import probe_engine, random_batches
 from megalign.trainer.run import grid_of
 
@@ -46,11 +47,11 @@ def audit(recipe: Recipe, world: World, *, steps: int = 3, probe: bool = True) -
     if probe:
         found += probe_engine(engine, vocab_size)
         console.print("probe: gradients agree with the loss" if not found else f"probe: {len(found)} kinds of parameters have a wrong gradient")
-    engine.audit.start(0)
+    engine.audit.start(0, NullLogger())
     batches = random_batches(grid, vocab_size, max(2, grid.pipeline.size))
     for step in range(1, steps + 1):
         engine.train_step(batches, _loss, recipe.optimizer.lr, step)
-    lines = [finding.text() for finding in found] + engine.audit.take_messages()
+    lines = [finding.text() for finding in found] + engine.audit.history
     console.print("\n".join([*lines, f"audit: {engine.audit.summary()}"]), markup=False)
     if lines:
         raise AuditFailed(f"{len(lines)} findings")

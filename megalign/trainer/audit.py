@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 class RunAudit:
     """Warns, stops or repairs. With `audit.interval: null` it does nothing.
 
-    Messages wait in `messages` for whoever keeps the record; they are the same on every rank.
+    Messages wait in `messages` for whoever keeps the record, and stay in `history`; they are the same on every rank.
     """
 
     def __init__(self, engine: Engine):
         self.config = engine.recipe.audit
         self.messages: list[str] = []
+        self.history: list[str] = []
         self.auditor: Auditor | None = None
         if self.config.interval is not None:
             self.auditor = Auditor(
@@ -78,4 +79,6 @@ class RunAudit:
             text = "\n".join(finding.text() for finding in new)
             raise TrainingStopped(f"copies of parameters differ:\n{text}", step, parameter=first.parameter, fix=first.fix)
         done = " (repaired: every copy has the first rank's values)" if self.config.on_failure == "repair" else ""
-        self.messages += [finding.text() + done for finding in new]
+        lines = [finding.text() + done for finding in new]
+        self.messages += lines
+        self.history += lines

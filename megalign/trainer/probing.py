@@ -10,21 +10,18 @@ import torch
 from megalign.batch import Batch, collate
 from megalign.data.rows import Example
 from megalign.losses import cross_entropy_loss
-from megalign.models.forward import scored_logprobs
+from megalign.models.forward import logprobs_ahead
 from megalign.models.held import held_by
 from megalign.models.weights import named_parameters
 from megalign.parallel.audit.findings import Finding
 from megalign.parallel.audit.probe import in_double, kept_in_double, probe
 from megalign.parallel.grid import Grid
+from megalign.parallel.init import device
 from megalign.parallel.optimizer import wrap_data_parallel
 from megalign.parallel.placement import place
 from megalign.parallel.reduction import attach
-from megalign.parallel.schedule import (
-    forward_backward,
-    from_last_stage,
-    rescale_for_megatron,
-    sum_over,
-)
+from megalign.parallel.schedule import forward_backward, from_last_stage, sum_over
+from megalign.trainer.objective import denominators, objective
 
 if TYPE_CHECKING:
     from megalign.trainer.engine import Engine
@@ -60,21 +57,25 @@ def probe_engine(engine: Engine, vocab_size: int) -> list[Finding]:
     attach(chunks, placements, grid)
     rows = max(2, grid.pipeline.size)
     batches = random_batches(grid, vocab_size, rows)
-    tokens = sum_over(torch.tensor(float(sum(int(b.loss_mask.sum()) for b in batches)), dtype=torch.float64, device=next(iter(models[0].parameters())).device), grid.data.group).item()
+    model = engine.recipe.model
+    scale = model.mtp_loss_scaling_factor
+    depths = (model.mtp_num_layers or 0) if scale else 0
+    counts = denominators(batches, depths, grid)
 
     def loss(backward: bool) -> float:
         def step(chunk: Any, batch: Batch) -> Any:
-            def to_megatron(output: torch.Tensor) -> Any:
-                result = cross_entropy_loss(*output)
-                return rescale_for_megatron(result.sum, tokens, rows, grid), {"loss": result.sum.detach()}
+            def to_megatron(output: Any) -> Any:
+                main, ahead = (output[0], output[1:]) if depths else (output, [])
+                return objective(cross_entropy_loss(*main), ahead, counts, scale, rows, grid)
 
-            return scored_logprobs(chunk, batch, grid), to_megatron
+            return logprobs_ahead(chunk, batch, grid, depths), to_megatron
 
         outputs = forward_backward(chunks, batches, step, grid=grid, tokens_per_microbatch=len(batches[0].tokens), forward_only=not backward)
-        total = torch.zeros(1, dtype=torch.float64, device=next(iter(models[0].parameters())).device)
+        # From the sums that are logged, not from the scalar that was differentiated: its factors are under test.
+        total = torch.zeros(1, dtype=torch.float64, device=device())
         for part in outputs:
-            total += part["loss"]
-        return (from_last_stage(sum_over(total, grid.data_context.group), grid) / tokens).item()
+            total += part["loss"] + sum(part[f"mtp_{k}_loss"] for k in range(1, depths + 1)) * (scale / max(1, depths))
+        return (from_last_stage(sum_over(total, grid.data_context.group), grid) / counts.tokens).item()
 
     with kept_in_double():
         return probe(chunks, held_by(models, grid), placements, loss, grid)

@@ -58,13 +58,15 @@ class Auditor:
         """Compare weights, buffers and optimizer states before the first step (collective)."""
         self.started = step
         held = self.held()
-        return self._look([*weights(held, self._buffered()), *states(held, self.optimizer)], step)
+        return self._look([*weights(held, self._buffered()), *states(held, self.optimizer)], step, untouched=True)
 
     def before_update(self, step: int) -> list[Finding]:
         """Compare everything after the backward pass of `step` and before its update (collective); all its findings."""
         held = self.held()
         entries = [*weights(held, self._buffered()), *states(held, self.optimizer), *gradients(held, self.optimizer)]
-        found = self._look(entries, step)
+        if self.started is None:
+            self.started = step - 1
+        found = self._look(entries, step, untouched=step == self.started + 1)
         found += self._dated(norm.counting(self.rows, self.groups), step)
         true = norm.recomputed(entries, self.comparison, self.grid.rank)
         found += self._dated(norm.compared(float(self.optimizer.get_grad_norm()), true), step)
@@ -77,7 +79,7 @@ class Auditor:
             if getattr(chunk, "use_forward_hook", False):  # overlap_param_gather: the new weights are under way until the next forward
                 chunk.start_param_sync(force_sync=True)
         held = self.held()
-        return self._look([*weights(held, self._buffered()), *states(held, self.optimizer)], step + 1)
+        return self._look([*weights(held, self._buffered()), *states(held, self.optimizer)], step)
 
     def new(self, found: Sequence[Finding], step: int) -> list[Finding]:
         """Those that were first seen at this step."""
@@ -93,11 +95,10 @@ class Auditor:
         groups = {tuple(sorted(ranks)) for ranks in holders.values() if len(ranks) > 1}
         return f"{len(parameters)} parameters, {len(groups)} groups, {len({finding.parameter for finding in self.last})} drift"
 
-    def _look(self, entries: list[Entry], step: int) -> list[Finding]:
+    def _look(self, entries: list[Entry], step: int, *, untouched: bool = False) -> list[Finding]:
+        """untouched: no update has been made yet."""
         mismatches, self.rows = self.comparison.run(entries)
-        if self.started is None:
-            self.started = step - 1
-        if step <= self.started + 1:  # nothing has been updated yet
+        if untouched:
             self.initial |= {mismatch.key for mismatch in mismatches if mismatch.kind == "weight"}
         found = diagnose.structure(self.rows, self.comparison, trained=self.optimizer is not None)
         found += diagnose.differences(mismatches, self.rows, self.comparison, self.placements, step=step, initial=self.initial)

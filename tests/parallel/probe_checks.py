@@ -46,17 +46,17 @@ def probed(fault: str | None, model: dict[str, Any], parallel: dict[str, Any], t
 def _inject(fault: str | None, engine: Any) -> Any:
     from megalign.parallel import reduction
     from megalign.parallel.placement import declare
-    from megalign.trainer import probing
+    from megalign.trainer import objective
 
-    said = {"mean for sum": ("mlp.router.weight", "duplicated"), "sum for full": ("position_embeddings.weight", "partial")}.get(fault or "")
+    said: Any = {"mean for sum": ("mlp.router.weight", "duplicated"), "sum for full": ("position_embeddings.weight", "partial")}.get(fault or "")
     if said is not None:
         for p in engine.placements:
             if p.name.endswith(said[0]):
                 declare(p.parameter, tensor=said[1])
     if fault == "lost factor":
-        original = probing.rescale_for_megatron
-        probing.rescale_for_megatron = lambda *arguments: original(*arguments) / 2
-        return lambda: setattr(probing, "rescale_for_megatron", original)
+        original = objective.rescale_for_megatron
+        objective.rescale_for_megatron = lambda *arguments: original(*arguments) / 2
+        return lambda: setattr(objective, "rescale_for_megatron", original)
     if fault == "reduced twice":
         whole = reduction.Bucket.finish
 
@@ -71,7 +71,7 @@ def _inject(fault: str | None, engine: Any) -> Any:
         send = reduction.Bucket.send
 
         def broadcast(self: Any) -> None:
-            self.flat = torch.cat([reduction.gradient_of(p).reshape(-1) for p in self.parameters])
+            self.flat = torch.cat([p.main_grad.reshape(-1) for p in self.parameters])
             self.work = dist.broadcast(self.flat, src=dist.get_process_group_ranks(self.group)[0], group=self.group, async_op=True)
 
         reduction.Bucket.send = broadcast

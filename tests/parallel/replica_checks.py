@@ -118,12 +118,19 @@ def plain_moe(synchronised: bool, layer_changes: dict[str, Any], bf16: bool = Fa
 
     24 tokens in all, the same on every layout; each rank has its share, and the loss is a sum over all of them.
     """
-    from moe_checks import layer
-
+    from megalign.config.schema import ModelConfig
+    from megalign.models.build import build_chunks
+    from megalign.models.weights import initialise
+    from megalign.parallel.grid import create_grid
     from megalign.parallel.reduction import reduce_in_backward
 
     world, rank = dist.get_world_size(), dist.get_rank()
-    module = layer(moe_shared_expert_intermediate_size=20, **layer_changes)
+    grid = create_grid(expert_model_parallel_size=world)
+    shape = dict(num_layers=1, hidden_size=16, ffn_hidden_size=24, num_attention_heads=2, num_moe_experts=4, moe_ffn_hidden_size=12)
+    model = ModelConfig.model_validate({**shape, "init_method_std": 0.5, "moe_shared_expert_intermediate_size": 20, **layer_changes})
+    (chunk,) = build_chunks(model, grid, 64)
+    initialise([chunk], model, grid, seed=5)
+    module: Any = chunk.decoder.layers[0].mlp
     if bf16:
         module.bfloat16()
     ep = module.ep_group
