@@ -161,6 +161,10 @@ def show(before: dict[int, tuple[float, float]], half: int, *, exact: bool) -> N
     loads = [row["expert_load"] for row in map(json.loads, (RUN / "metrics.jsonl").read_text().splitlines()) if row.get("expert_load")]
     smallest = min(min(layer) for layer in loads[-1])
     console.print(f"experts: the least busy of {len(loads[-1])} x {len(loads[-1][0])} gets {smallest:.1%} of its layer's tokens")
+    audit = [row["message"] for row in map(json.loads, (RUN / "metrics.jsonl").read_text().splitlines()) if row.get("event") == "audit"][-1]
+    console.print(f"copies of parameters on the ranks: {audit}")
+    if not audit.endswith(", 0 drift"):
+        fail("copies of parameters differ; the run's events say which")
     summary = json.loads((RUN / "summary.json").read_text())
     if exact:
         console.print(f"held-out prompts answered word for word: [bold]{summary['exact_match']:.0%}[/]")

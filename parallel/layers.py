@@ -11,6 +11,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -126,8 +127,8 @@ def attention_spec(config: TransformerConfig) -> ModuleSpec:
 def latent_attention_spec() -> ModuleSpec:
     """Multi-latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1).
 
-    The two down projections are whole on every tensor rank and tagged `sequence_parallel`: each rank works on its
-    part of the sequence, and megatron sums their gradients. Upstream's local spec cuts them by columns; the gradient
+    The two down projections are whole on every tensor rank. Under sequence parallelism each rank works on its part of the
+    sequence, and their gradients are summed; without it, see `sum_rotary_key_gradients`. Upstream's local spec cuts them by columns; the gradient
     of the rotary key, of which every head has a part, is then off (its gather has a split as backward).
     """
     return ModuleSpec(
@@ -145,6 +146,24 @@ def latent_attention_spec() -> ModuleSpec:
             kv_layernorm=RMSNorm,
         ),
     )
+
+
+def sum_rotary_key_gradients(model: torch.nn.Module, config: TransformerConfig, group: Any) -> None:
+    """Multi-latent attention without sequence parallelism: add up the rotary key's gradient over tensor ranks, in backward.
+
+    All heads share that key, and each rank has some of the heads. The latent beside it goes through a column-parallel
+    layer, whose backward does the same; under sequence parallelism the gather of the key does.
+    """
+    if group.size() == 1 or config.sequence_parallel or not config.multi_latent_attention:
+        return
+
+    def hook(module: Any, inputs: Any, output: Any) -> Any:
+        latent, key = output[0].split([config.kv_lora_rank, config.qk_pos_emb_head_dim], dim=-1)  # pyright: ignore[reportAttributeAccessIssue]
+        return torch.cat([latent, copy_to_tensor_model_parallel_region(key, group=group)], dim=-1), *output[1:]
+
+    for module in model.modules():
+        if isinstance(module, MLASelfAttention):
+            module.linear_kv_down_proj.register_forward_hook(hook)
 
 
 def mlp_spec(config: TransformerConfig, *, experts: bool) -> ModuleSpec:

@@ -59,15 +59,11 @@ def heads(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
 
 def latent_attention(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
     """Each rank holds whole heads, and every head has its own keys and values, made from the shared latent
-    (multi_latent_attention.py:492). The rotary key is projected once for all heads: its gradient is summed over
-    tensor ranks only under sequence parallelism (finalize_model_grads.py: parameters tagged `sequence_parallel`)."""
+    (multi_latent_attention.py:492)."""
     model, tp = recipe.model, layout.tp
     count = model.num_attention_heads
     if count % tp:
         yield not_a_multiple("model.num_attention_heads", count, tp, f"tensor_model_parallel_size({tp})", _LOWER_TP)
-    if tp > 1 and not recipe.parallel.sequence_parallel:
-        rule = f"multi-latent attention under tensor_model_parallel_size({tp}) needs it: its down projections would get part of their gradient"
-        yield Problem("parallel.sequence_parallel", rule, "set it to true", False)
     if model.num_query_groups not in (None, count):
         rule = f"with multi-latent attention each of the {count} heads has its own keys"
         yield Problem("model.num_query_groups", rule, "set it to null", model.num_query_groups)

@@ -16,7 +16,7 @@ from megalign.models.gpt import DialogueModel
 from megalign.parallel.experts import use_grouped
 from megalign.parallel.grid import Grid
 from megalign.parallel.init import device
-from megalign.parallel.layers import block_spec
+from megalign.parallel.layers import block_spec, sum_rotary_key_gradients
 from megalign.parallel.prediction import prediction_spec
 
 ACTIVATIONS: dict[str, Any] = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
@@ -197,6 +197,7 @@ def build_chunks(
         if model.rope_type == "llama3":
             _scale_frequencies(chunk, model)
         _tag_experts(chunk)
+        sum_rotary_key_gradients(chunk, config, grid.tensor.group)
         if config.recompute_granularity is not None and (chunk.pre_process or chunk.mtp_process):
             chunk.embedding.register_forward_hook(_with_gradient)
         chunks.append(chunk if not torch.cuda.is_available() else chunk.cuda())

@@ -140,9 +140,6 @@ CASES = [
     ("heads", "channels=33", 1, "model.kv_channels", "=33: the size of a head is 33, and rotary embeddings need an even one; set it to 34", "channels=34"),
     ("heads", "tp=8 heads=8 groups=1 channels=2", 8, "model.kv_channels", "(8 + 2 * 1) * 2 = 20 wide, no multiple of tensor_model_parallel_size(8)", "channels=4"),
     ("heads", "preset=tiny-mla-moe tp=3 sp=true ffn=384 sequence=258 model.moe_shared_expert_intermediate_size=96", 3, "model.num_attention_heads", "tensor_model_parallel_size(3), but 4 = 1 * 3 + 1", "heads=6"),
-    ("heads", "preset=tiny-mla-moe experts=null model.moe_ffn_hidden_size=null tp=2 model.moe_shared_expert_intermediate_size=null model.moe_router_enable_expert_bias=false "
-     "model.moe_router_num_groups=null model.moe_router_group_topk=null model.moe_router_topk_scaling_factor=null", 2,
-     "parallel.sequence_parallel", "multi-latent attention under tensor_model_parallel_size(2) needs it", "sp=true"),
     ("heads", "preset=tiny-mla-moe groups=2", 1, "model.num_query_groups", "=2: with multi-latent attention each of the 4 heads has its own keys", "groups=null"),
     ("heads", "preset=tiny-mla-moe channels=32", 1, "model.kv_channels", "has qk_head_dim, qk_pos_emb_head_dim and v_head_dim instead", "channels=null"),
     ("heads", "preset=tiny-mla-moe model.qk_layernorm=true", 1, "model.qk_layernorm", "norms on its latents", "model.qk_layernorm=false"),

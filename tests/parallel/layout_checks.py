@@ -196,6 +196,14 @@ def gradients_without_norm_reduction(model: dict[str, Any], layout: dict[str, An
     return gradients(model, layout, {**options, "hooks": None})
 
 
+def gradients_without_key_sum(model: dict[str, Any], layout: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """The same with a defect: each tensor rank keeps its heads' part of the rotary key's gradient."""
+    from megalign.models import build
+
+    build.sum_rotary_key_gradients = lambda *_: None  # this process is a fork of its own
+    return gradients(model, layout, options)
+
+
 def gradients_with_cut_down_projections(model: dict[str, Any], layout: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     """The same with upstream's local spec of multi-latent attention: down projections cut by columns."""
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear

@@ -100,15 +100,17 @@ def test_a_lost_reduction_is_seen():
     assert ratio > 1000 and "layernorm" in name
 
 
-def test_latent_attention_needs_what_the_rules_ask_for():
-    """Its down projections have their whole gradient only if they are whole, and only under sequence parallelism."""
+def test_latent_attention_sums_the_rotary_key_that_all_heads_share():
+    """P2: its gradient is whole with and without sequence parallelism; not without our sum, nor with upstream's cut down projections."""
     dense = {key: value for key, value in LATENT.items() if "moe" not in key}
     expected = run_ranks(layout_checks.gradients, 1, dense, {}, {})[0]
-    for check, layout in ((layout_checks.gradients, {**TP2, "sequence_parallel": False}), (layout_checks.gradients_with_cut_down_projections, TP2)):
+    bare = {**TP2, "sequence_parallel": False}
+    for check, layout in ((layout_checks.gradients_without_key_sum, bare), (layout_checks.gradients_with_cut_down_projections, TP2)):
         ratio, name = worst_gradient(run_ranks(check, 2, dense, layout, {})[0], expected)
         assert ratio > 100, (ratio, name)
-    ratio, name = worst_gradient(run_ranks(layout_checks.gradients, 2, dense, TP2, {})[0], expected)
-    assert ratio <= 1, f"{name}: {ratio:.1f} times the tolerance"
+    for layout in (TP2, bare):
+        ratio, name = worst_gradient(run_ranks(layout_checks.gradients, 2, dense, layout, {})[0], expected)
+        assert ratio <= 1, f"{name}: {ratio:.1f} times the tolerance"
 
 
 def test_distributed_optimizer_equals_the_unsharded_one():
