@@ -36,6 +36,10 @@ def audited(fault: str | None, layout: dict[str, Any], options: dict[str, Any]) 
             for p in run.placements:
                 if p.name.endswith("local_experts.3.linear_fc1.weight"):
                     p.parameter.shared = True  # pyright: ignore[reportAttributeAccessIssue]
+        if fault == "bf16 bias":  # as Float16Module leaves it, until the router's first forward
+            for module in run.models[0].modules():
+                if getattr(module, "expert_bias", None) is not None:
+                    module.expert_bias = module.expert_bias.bfloat16()
         if fault == "allreduce=False":
             one(run, NORM).allreduce = False
 
@@ -84,10 +88,6 @@ def _break(run: Run, fault: str | None) -> None:
         one(run, NORM).requires_grad_(False)
     elif fault == "late":
         run.models[0].register_parameter("late", torch.nn.Parameter(torch.ones(3)))
-    elif fault == "bf16 bias":
-        for module in run.models[0].modules():
-            if getattr(module, "expert_bias", None) is not None:
-                module.expert_bias = module.expert_bias.bfloat16()
     elif fault == "bias":
         next(m for m in run.models[0].modules() if getattr(m, "expert_bias", None) is not None).expert_bias[0] += 0.01
 
