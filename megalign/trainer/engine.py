@@ -34,7 +34,7 @@ from megalign.parallel.placement import place
 from megalign.parallel.reduction import Reduction, attach
 from megalign.parallel.saving import Save
 from megalign.parallel.schedule import forward_backward, from_last_stage, sum_over
-from megalign.parallel.unsynchronised import leave_out
+from megalign.parallel.unsynchronised import leave_out, unreduced
 from megalign.trainer.audit import RunAudit
 from megalign.trainer.experts import ExpertWatch
 from megalign.trainer.guard import TrainingStopped, describe_non_finite
@@ -114,9 +114,10 @@ class Engine:
                 overlap_grad_reduce=parallel.overlap_grad_reduce,
                 overlap_param_gather=parallel.overlap_param_gather,
             )
-            self.reduction: Reduction = attach(self.chunks, self.placements, grid)
+            self.placements, left_out = unreduced(self.placements, grid, parallel.unsynchronised)
             if parallel.unsynchronised:
-                leave_out(self.chunks, self.placements, grid, parallel.unsynchronised)
+                leave_out(self.chunks, left_out, grid)
+            self.reduction: Reduction = attach(self.chunks, self.placements, grid)
             self.optimizer = create_optimizer(
                 self.chunks,
                 bf16=bf16,
