@@ -119,16 +119,18 @@ class Auditor:
     @torch.no_grad()
     def _repair(self, mismatches: Sequence[Mismatch], entries: Sequence[Entry]) -> None:
         """Give every copy the bits of the first rank that holds it."""
-        local = {entry.label: entry.value for entry in entries}
+        local: dict[str, list[torch.Tensor]] = {}
+        for entry in entries:
+            local.setdefault(entry.label, []).append(entry.value)
         for mismatch in mismatches:
             owner, elements, dtype = self.comparison.owner(mismatch.label)
-            mine = local.get(mismatch.label)
+            mine = local.get(mismatch.label, [])
             values = torch.empty(elements, dtype=dtype, device=device())
-            if self.grid.rank == owner and mine is not None:
-                values.copy_(mine.reshape(-1))
+            if self.grid.rank == owner:
+                values.copy_(mine[0].reshape(-1))
             dist.broadcast(values, src=owner)
-            if mine is not None:
-                mine.copy_(values.view_as(mine))
+            for copy in mine:
+                copy.copy_(values.view_as(copy))
 
     def _buffered(self) -> set[int]:
         """Ids of parameters that DDP has a gradient buffer for."""

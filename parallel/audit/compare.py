@@ -137,19 +137,21 @@ class Comparison:
 
     def _with_values(self, mismatches: list[Mismatch], entries: Sequence[Entry]) -> list[Mismatch]:
         """Fetch the first rank's values of each and measure the others against them."""
-        local = {entry.label: entry.value for entry in entries}
+        local: dict[str, list[torch.Tensor]] = {}
+        for entry in entries:
+            local.setdefault(entry.label, []).append(entry.value)
         found = []
         for mismatch in mismatches[:MOST_VALUES]:
             first = self._where[mismatch.label][0]
             owner, _, elements, _ = self._flat[first]
-            mine = local.get(mismatch.label)
+            mine = local.get(mismatch.label, [])
             reference = torch.empty(elements, dtype=torch.float64, device=device())
-            if self.grid.rank == owner and mine is not None:
-                reference.copy_(mine.reshape(-1))
+            if self.grid.rank == owner:
+                reference.copy_(mine[0].reshape(-1))
             dist.broadcast(reference, src=owner)
             worst = torch.zeros(2, dtype=torch.float64, device=device())
-            if mine is not None and elements:
-                worst[0] = (mine.reshape(-1).double() - reference).abs().max()
+            if mine and elements:
+                worst[0] = max((copy.reshape(-1).double() - reference).abs().max() for copy in mine)
                 worst[1] = reference.abs().max()
             dist.all_reduce(worst, op=dist.ReduceOp.MAX)
             found.append(Mismatch(mismatch.label, mismatch.kind, mismatch.key, mismatch.classes, *worst.tolist()))

@@ -25,8 +25,9 @@ TOLERANCE = 1e-4  # relative; the optimizer's norm is accumulated in FP32
 def recomputed(entries: Sequence[Entry], comparison: Comparison, rank: int) -> float:
     """The norm of all gradients, each logical element once, in FP64 (collective; after `comparison.run`)."""
     total = torch.zeros(1, dtype=torch.float64, device=device())
-    for entry in entries:
-        if entry.kind == "gradient" and comparison.holders(entry.label)[0] == rank:
+    once = {entry.label: entry for entry in entries if entry.kind == "gradient"}  # virtual stages of a rank may hold copies
+    for label, entry in once.items():
+        if comparison.holders(label)[0] == rank:
             total += entry.value.double().square().sum()
     dist.all_reduce(total)
     return math.sqrt(total.item())
