@@ -19,6 +19,7 @@ from megalign.parallel.init import World
 from megalign.parallel.placement import summary, table
 from megalign.trainer.engine import Engine
 from megalign.trainer.metrics import NullLogger
+from megalign.trainer.objective import Objective
 from megalign.trainer.probing import probe_engine, random_batches
 from megalign.trainer.run import grid_of
 
@@ -50,7 +51,7 @@ def audit(recipe: Recipe, world: World, *, steps: int = 3, probe: bool = True) -
     engine.audit.start(0, NullLogger())
     batches = random_batches(grid, vocab_size, max(2, grid.pipeline.size))
     for step in range(1, steps + 1):
-        engine.train_step(batches, _loss, recipe.optimizer.lr, step)
+        engine.train_step(batches, Objective(_loss), recipe.optimizer.lr, step)
     lines = [finding.text() for finding in found] + engine.audit.history
     console.print("\n".join([*lines, f"audit: {engine.audit.summary()}"]), markup=False)
     if lines:

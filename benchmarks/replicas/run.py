@@ -68,6 +68,7 @@ def worker(rounds: int, ranks: int) -> None:
     from megalign.parallel.init import init, shutdown
     from megalign.sft import token_loss
     from megalign.trainer.engine import Engine
+    from megalign.trainer.objective import Objective
     from megalign.trainer.probing import random_batches
     from megalign.trainer.run import grid_of
 
@@ -86,7 +87,7 @@ def worker(rounds: int, ranks: int) -> None:
 
     def step(engine: Any, number: int) -> float:
         began = time.perf_counter()
-        engine.train_step(batches, token_loss, 1e-4, number)
+        engine.train_step(batches, Objective(token_loss), 1e-4, number)
         return time.perf_counter() - began
 
     for number in range(2, 4):  # the first step of each learns; neither is timed

@@ -21,7 +21,7 @@ from megalign.parallel.optimizer import wrap_data_parallel
 from megalign.parallel.placement import place
 from megalign.parallel.reduction import attach
 from megalign.parallel.schedule import forward_backward, from_last_stage, sum_over
-from megalign.trainer.objective import denominators, objective
+from megalign.trainer.objective import denominators, scalar_and_sums, scored_tokens
 
 if TYPE_CHECKING:
     from megalign.trainer.engine import Engine
@@ -60,13 +60,13 @@ def probe_engine(engine: Engine, vocab_size: int) -> list[Finding]:
     model = engine.recipe.model
     scale = model.mtp_loss_scaling_factor
     depths = (model.mtp_num_layers or 0) if scale else 0
-    counts = denominators(batches, depths, grid)
+    counts = denominators(batches, scored_tokens, depths, grid)
 
     def loss(backward: bool) -> float:
         def step(chunk: Any, batch: Batch) -> Any:
             def to_megatron(output: Any) -> Any:
                 main, ahead = (output[0], output[1:]) if depths else (output, [])
-                return objective(cross_entropy_loss(*main), ahead, counts, scale, rows, grid)
+                return scalar_and_sums(cross_entropy_loss(*main), ahead, counts, scale, rows, grid)
 
             return logprobs_ahead(chunk, batch, grid, depths), to_megatron
 
@@ -75,7 +75,7 @@ def probe_engine(engine: Engine, vocab_size: int) -> list[Finding]:
         total = torch.zeros(1, dtype=torch.float64, device=device())
         for part in outputs:
             total += part["loss"] + sum(part[f"mtp_{k}_loss"] for k in range(1, depths + 1)) * (scale / max(1, depths))
-        return (from_last_stage(sum_over(total, grid.data_context.group), grid) / counts.tokens).item()
+        return (from_last_stage(sum_over(total, grid.data_context.group), grid) / counts.count).item()
 
     with kept_in_double():
         return probe(chunks, held_by(models, grid), placements, loss, grid)
