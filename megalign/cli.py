@@ -205,6 +205,22 @@ def doctor(
 
 
 @app.command()
+def kernels(
+    shapes: Annotated[list[str] | None, typer.Argument(metavar="[TOKENSxOUTxIN]...", help="Linear layers, e.g. 8192x4096x7168.")] = None,
+    backend: Annotated[str, typer.Option(help="As if this rung were forced: auto, reference, triton, scaled_mm or gluon.")] = "auto",
+) -> None:
+    """Which FP8 backends this machine has, and which one each shape takes; on CUDA, new shapes are measured."""
+    import torch
+
+    from megalign.kernels import backends, overview
+
+    backends.use(backend)
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    asked = [overview.parse_shape(shape) for shape in shapes or []]
+    print("\n".join(overview.overview(asked or list(overview.SHAPES), device)))
+
+
+@app.command()
 def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, finished or not.", show_default=False)]) -> None:
     """Build report.html of a run again."""
     from megalign.report.build import build_report
@@ -362,7 +378,7 @@ def _run_ranks(ranks: int, folder: Path, work: Callable[[Any], None]) -> None:
 
 def _is_expected(error: BaseException) -> bool:
     """True if the message is all a user needs: no traceback."""
-    names = {"ConfigError", "DataError", "RunError", "CheckpointError", "TrainingStopped", "TrackerError", "ConversionError", "PlacementError", "AuditFailed"}
+    names = {"ConfigError", "DataError", "RunError", "CheckpointError", "TrainingStopped", "TrackerError", "ConversionError", "PlacementError", "AuditFailed", "Fp8Error"}
     files = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
     full_or_broken = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
     return full_or_broken or isinstance(error, files) or any(kind.__name__ in names for kind in type(error).__mro__)
