@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from megalign.models.held import held_by
 from megalign.parallel.audit.auditor import Auditor
 from megalign.parallel.audit.findings import Finding
+from megalign.parallel.placement import summary
 from megalign.trainer.guard import TrainingStopped
 from megalign.trainer.metrics import NullLogger
 
@@ -16,13 +17,13 @@ if TYPE_CHECKING:
 
 
 class RunAudit:
-    """Warns, stops or repairs. With `audit.interval: null` it does nothing.
+    """Warns, stops or repairs. With `audit.interval: null` it compares nothing.
 
     Messages wait in `messages` for whoever keeps the record, and stay in `history`; they are the same on every rank.
     """
 
     def __init__(self, engine: Engine):
-        self.config = engine.recipe.audit
+        self.engine, self.config = engine, engine.recipe.audit
         self.messages: list[str] = []
         self.history: list[str] = []
         self.auditor: Auditor | None = None
@@ -38,10 +39,15 @@ class RunAudit:
             )
 
     def start(self, step: int, log: NullLogger) -> None:
-        """Compare what the run starts with, at `step` (collective)."""
+        """Say who reduces what; compare what the run starts with, at `step`, and probe if the recipe says so (collective)."""
+        log.event(step, "placement", summary(self.engine.placements))
+        if self.config.probe:
+            from megalign.trainer.probing import probe_engine
+
+            self._tell(probe_engine(self.engine, self.engine.models[0].real_vocab_size), step)
         if self.auditor is not None:
             self._act(self.auditor.start(step), step)
-            self.report(step, log)
+        self.report(step, log)
 
     def before_update(self, step: int) -> None:
         """Compare after the backward pass of `step`, if it is due (collective). Raises TrainingStopped with on_failure: stop."""
@@ -71,14 +77,16 @@ class RunAudit:
 
     def _act(self, found: Sequence[Finding], step: int) -> None:
         assert self.auditor is not None
-        new = self.auditor.new(found, step)
+        done = " (repaired: every copy has the first rank's values)" if self.config.on_failure == "repair" else ""
+        self._tell(self.auditor.new(found, step), step, done)
+
+    def _tell(self, new: Sequence[Finding], step: int, done: str = "") -> None:
         if not new:
             return
         if self.config.on_failure == "stop":
             first = new[0]
             text = "\n".join(finding.text() for finding in new)
-            raise TrainingStopped(f"copies of parameters differ:\n{text}", step, parameter=first.parameter, fix=first.fix)
-        done = " (repaired: every copy has the first rank's values)" if self.config.on_failure == "repair" else ""
+            raise TrainingStopped(f"the audit found {len(new)} parameters:\n{text}", step, parameter=first.parameter, fix=first.fix)
         lines = [finding.text() + done for finding in new]
         self.messages += lines
         self.history += lines

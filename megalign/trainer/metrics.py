@@ -39,7 +39,7 @@ class NullLogger:
         """Seconds of every rank since the last such row: slowest, times_median, ranks (see timers.py)."""
 
     def event(self, step: int, event: str, message: str) -> None:
-        """Something that happened: event is resume, checkpoint, warning, audit, straggler, timers, profile or stop."""
+        """Something that happened: event is resume, checkpoint, warning, placement, audit, straggler, timers, profile or stop."""
 
     def close(self) -> None:
         """Release files and the terminal; harmless when repeated."""
