@@ -33,7 +33,7 @@ def average(run: Path, output: Path, last: int, world: World, overrides: list[st
     if output.exists():
         raise FileExistsError(f"{output} exists; choose another folder for the average")
     chosen = found[-last:]
-    engine, newest = load_for_inference(chosen[-1], overrides or [], world)
+    engine, newest = load_for_inference(chosen[-1], [*(overrides or []), "train.eval_ema=false"], world)
     parameters = [parameter for model in engine.models for parameter in model.parameters()]
     sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
     for path in chosen:
@@ -47,6 +47,7 @@ def average(run: Path, output: Path, last: int, world: World, overrides: list[st
         shutil.copytree(newest / "tokenizer", folder / "tokenizer")
 
     meta = files.read_meta(newest)
+    meta["recipe"]["train"]["eval_ema"] = False  # this average has no other beside it
     meta["averaged"] = [path.name for path in chosen]
     step = int(newest.name.split("_")[1])
     if engine.grid.is_logger:

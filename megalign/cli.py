@@ -142,11 +142,12 @@ def convert(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A run folder, or one of its checkpoints.", show_default=False)],
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Hugging Face folder to write.", show_default=False)],
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    ema: Annotated[bool | None, typer.Option(help="The weights averaged by train.ema_decay, or those trained last.  [default: those evaluated]")] = None,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder (safetensors, config, tokenizer)."""
     from megalign.serving import write_hugging_face
 
-    _run_ranks(1, Path("."), lambda world: write_hugging_face(checkpoint, folder.resolve(), dtype, world))
+    _run_ranks(1, Path("."), lambda world: write_hugging_face(checkpoint, folder.resolve(), dtype, world, ema))
 
 
 @app.command()

@@ -174,7 +174,8 @@ def _advice_page(
 
 def _count_line(facts: dict[str, Any]) -> Text:
     parameters = facts["parameters"]
-    active = f", {human_count(parameters['active'])} active (all but the experts a token does not choose)" if parameters["active"] != parameters["total"] else ""
+    modules = ", and the prediction modules" if "mtp" in parameters["by_part"] else ""
+    active = f", {human_count(parameters['active'])} active (all but the experts a token does not choose{modules})" if parameters["active"] != parameters["total"] else ""
     return Text(f"{human_count(parameters['total'])} parameters{active}")
 
 

@@ -117,11 +117,11 @@ def chat_with(
     )
 
 
-def write_hugging_face(path: Path, folder: Path, dtype: str, world: World) -> None:
-    """Write a checkpoint as a Hugging Face folder (collective)."""
+def write_hugging_face(path: Path, folder: Path, dtype: str, world: World, ema: bool | None = None) -> None:
+    """Write a checkpoint as a Hugging Face folder (collective). ema: the averaged weights, or those trained last; None: as evaluated."""
     if dtype not in ("float32", "bfloat16"):
         raise CheckpointError(f"--dtype is {dtype!r}: it must be float32 or bfloat16")
-    engine, checkpoint = load_for_inference(path, [], world)
+    engine, checkpoint = load_for_inference(path, [] if ema is None else [f"train.eval_ema={str(ema).lower()}"], world)
     model = engine.recipe.model
     tokenizer = stored_tokenizer(checkpoint)
     eos = tokenizer.end_of_turn

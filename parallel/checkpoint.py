@@ -30,6 +30,7 @@ import torch.distributed as dist
 
 from megalign.parallel.grid import Grid
 from megalign.parallel.optimizer import create_states
+from megalign.parallel.shadow import Shadow, requested_average, sharded_average
 
 FORMAT = "megalign-checkpoint-2"
 _NAME = re.compile(r"iter_(\d{7,})")
@@ -150,9 +151,20 @@ def files_under(folder: Path) -> list[str]:
 # -- loading, and what saving shares with it: collective ------------------------------------------------
 
 
-def load(checkpoint: Path, chunks: Sequence[Any], optimizer: Any | None, grid: Grid, *, same_generators: bool = False) -> dict[str, Any]:
+def load(
+    checkpoint: Path,
+    chunks: Sequence[Any],
+    optimizer: Any | None,
+    grid: Grid,
+    *,
+    same_generators: bool = False,
+    shadow: Shadow | None = None,
+    average: bool = False,
+) -> dict[str, Any]:
     """Load a checkpoint of any layout into the model, and the optimizer if given (collective); return its meta.
 
+    shadow: is loaded too; begins at the loaded weights where the checkpoint has none. average: the model's weights are to be
+    the average (train.ema_decay) and not what was trained last.
     same_generators: restore each rank's random generators too (needs the layout that saved).
     Raises CheckpointError naming the damaged file, and the newest good checkpoint before it.
     """
@@ -170,17 +182,33 @@ def load(checkpoint: Path, chunks: Sequence[Any], optimizer: Any | None, grid: G
         raise CheckpointError(f"{error}; {advice}") from None
     if optimizer is not None:
         create_states(optimizer)
-    state: Any = dist_checkpointing.load(sharded_state(chunks, optimizer, grid, loading=True), str(checkpoint / "state"))
+    stored = set(dist_checkpointing.load_tensors_metadata(str(checkpoint / "state"))) if shadow is not None or average else set()
+    has_average = any(key.startswith("ema.") for key in stored)
+    if average and not has_average:
+        raise CheckpointError(f"{checkpoint} has no averaged weights: its run had no train.ema_decay; set train.eval_ema to false")
+    wanted = sharded_state(chunks, optimizer, grid, loading=True, shadow=shadow if has_average else None)
+    names = {f"ema{i}": {name: entry.data for name, entry in wanted[f"model{i}"].items()} for i in range(len(chunks))}  # loading fills other tensors
+    if average:
+        wanted |= {f"ema{i}": requested_average(wanted[f"model{i}"], stored) for i in range(len(chunks))}
+    state: Any = dist_checkpointing.load(wanted, str(checkpoint / "state"))
     for i, chunk in enumerate(chunks):
         _unwrap(chunk).load_state_dict(state[f"model{i}"])
     if optimizer is not None:
         optimizer.load_state_dict(state["optimizer"])
+    if shadow is not None and not has_average:
+        shadow.restart()
+    for part in (part for part in names if part in state):
+        for name, full in state[part].items():
+            if shadow is not None:
+                shadow.set_whole(names[part][name], full)
+            if average:
+                names[part][name].data.copy_(full)
     if same_generators:
         _set_generators(torch.load(checkpoint / "rng" / f"rank_{grid.rank:05d}.pt", weights_only=True))
     return read_meta(checkpoint)
 
 
-def sharded_state(chunks: Sequence[Any], optimizer: Any | None, grid: Grid, *, loading: bool) -> dict[str, Any]:
+def sharded_state(chunks: Sequence[Any], optimizer: Any | None, grid: Grid, *, loading: bool, shadow: Shadow | None = None) -> dict[str, Any]:
     metadata = {
         # Every layer under its own name: layers may differ (frozen ones, leading dense ones), and upstream is giving up stacking.
         "non_homogeneous_layers": True,
@@ -194,6 +222,8 @@ def sharded_state(chunks: Sequence[Any], optimizer: Any | None, grid: Grid, *, l
     if optimizer is not None:
         models = {key: value for part in state.values() for key, value in part.items()} if len(chunks) == 1 else state
         state["optimizer"] = optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata)
+    if shadow is not None:
+        state |= {f"ema{i}": sharded_average(shadow, state[f"model{i}"], loading=loading) for i in range(len(chunks))}
     return state
 
 

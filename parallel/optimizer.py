@@ -53,10 +53,12 @@ def create_optimizer(
     bf16: bool,
     use_distributed_optimizer: bool,
     overlap_param_gather: bool = False,
+    cpu_offload: bool = False,
     **adam: float,
 ) -> Any:
     """Megatron's optimizer over DDP-wrapped chunks: decoupled decay (none on norms and biases), global clip.
 
+    cpu_offload: masters and moments in host memory, see `offload.py`.
     adam: lr, weight_decay, adam_beta1, adam_beta2, adam_eps and clip_grad, as megatron's OptimizerConfig takes them.
     """
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -69,7 +71,17 @@ def create_optimizer(
         overlap_param_gather=overlap_param_gather,
         **adam,
     )
-    return get_megatron_optimizer(config, list(chunks))
+    optimizer = get_megatron_optimizer(config, list(chunks))
+    if cpu_offload:
+        from megalign.parallel.offload import offload
+
+        offload(optimizer)
+    return optimizer
+
+
+def parts_of(optimizer: Any) -> list[Any]:
+    """Megatron's optimizers of which this one is made: one, or with experts one for them and one for the rest."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
 def create_states(optimizer: Any) -> None:
@@ -78,7 +90,7 @@ def create_states(optimizer: Any) -> None:
     torch's AdamW makes its states at the first step, but megatron-core reads them before it loads
     (distrib_optimizer.py:637: exactly one distinct step, so none is an assertion).
     """
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in parts_of(optimizer):
         inner = part.optimizer
         for parameter in (p for group in inner.param_groups for p in group["params"]):
             if not inner.state[parameter]:

@@ -40,6 +40,7 @@ from megalign.parallel.checkpoint import (
 )
 from megalign.parallel.grid import Grid
 from megalign.parallel.schedule import any_rank
+from megalign.parallel.shadow import Shadow
 
 
 class Save:
@@ -61,6 +62,7 @@ class Save:
         extra: Callable[[Path], None] | None = None,
         *,
         background: bool = False,
+        shadow: Shadow | None = None,
     ):
         """Plan, and begin to write: with `background` in a thread, else here (collective)."""
         self.grid, self.step = grid, step
@@ -84,7 +86,7 @@ class Save:
 
         try:
             together("create the folder", prepare, grid, only_logger=True)
-            common = self._plan(sharded_state(chunks, optimizer, grid, loading=False))
+            common = self._plan(sharded_state(chunks, optimizer, grid, loading=False, shadow=shadow))
             if background:
                 self.buckets = together("copy its shards", lambda: _copy(self.buckets), grid)
             self.generators = generators()

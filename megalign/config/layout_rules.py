@@ -94,4 +94,12 @@ def overlap(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
                 yield Problem("parallel.overlap_param_gather", f"needs {needed}, which is false", fix, True)
 
 
-RULES = (world, pipeline, interleaving, expert_layout, sequence_parallel, overlap)
+def offload(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
+    """What is offloaded is a rank's share of the distributed optimizer; without shares every rank's host cores would step
+    all parameters (parallel/offload.py)."""
+    if recipe.optimizer.optimizer_cpu_offload and not recipe.parallel.use_distributed_optimizer:
+        fix = "set parallel.use_distributed_optimizer to true, or this to false"
+        yield Problem("optimizer.optimizer_cpu_offload", "needs use_distributed_optimizer, which is false", fix, True)
+
+
+RULES = (world, pipeline, interleaving, expert_layout, sequence_parallel, overlap, offload)

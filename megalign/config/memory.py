@@ -58,7 +58,9 @@ def memory_per_rank(
     gradients    FP32 whatever the precision
     masters      FP32 copies of BF16 weights (FP32 weights are their own masters)
     moments      Adam's two, FP32
+    average      of the weights (train.ema_decay), FP32
     activations  kept for backward at the peak of the schedule, with what `train.recompute_*` leaves
+    host         masters, moments and average in host memory, with optimizer.optimizer_cpu_offload; not in the total
     critic, reference, reward   of the algorithm, of the policy's shape: a critic is trained, the others are weights
     kv_cache     of `global_batch_size / dp` sequences a rank (ppo and grpo), which do not live while the step trains
     total        the sum, of activations and kv_cache the larger
@@ -77,18 +79,23 @@ def _stage(
     dense, experts = stage_parameters(recipe, layout, rows, stage)
     sharded = recipe.parallel.use_distributed_optimizer
     owned = dense // (layout.dp * layout.cp) + experts // layout.expert_dp if sharded else dense + experts
+    on_host = recipe.optimizer.optimizer_cpu_offload
+    masters = owned * FP32 if recipe.train.precision == "bf16" or on_host else 0
+    average = owned * FP32 if recipe.train.ema_decay is not None else 0
     memory = {
         "weights": (dense + experts) * width_of(recipe),
         "gradients": (dense + experts) * FP32,
-        "masters": owned * FP32 if recipe.train.precision == "bf16" else 0,
-        "moments": owned * 2 * FP32,
+        "masters": 0 if on_host else masters,
+        "moments": 0 if on_host else owned * 2 * FP32,
+        "average": 0 if on_host else average,
         "activations": peak_activations(recipe, layout, rows, stage, ROWS.get(algorithm, 1), device, scored),
     }
-    states = sum(memory[part] for part in ("weights", "gradients", "masters", "moments"))
+    states = sum(memory[part] for part in ("weights", "gradients", "masters", "moments", "average"))
     others = {name: states if name in TRAINED[algorithm] else memory["weights"] for name in models[1:]}
     cache = {"kv_cache": _kv_cache(recipe, layout, stage)} if algorithm in ("ppo", "grpo") else {}
+    host = {"host": masters + owned * 2 * FP32 + average} if on_host else {}
     total = states + sum(others.values()) + max(memory["activations"], *cache.values(), 0)
-    return {"stage": stage, "parameters": dense + experts, **memory, **others, **cache, "total": total}
+    return {"stage": stage, "parameters": dense + experts, **memory, **others, **cache, **host, "total": total}
 
 
 def stage_parameters(recipe: Recipe, layout: Layout, rows: int, stage: int) -> tuple[int, int]:

@@ -57,11 +57,16 @@ def _model_table(recipe: Recipe, layout: Layout, vocab: int) -> Table:
         table.add_row(part, human_count(count))
     table.add_row("total", f"{human_count(counts.total)}  ({counts.total:,})", style="bold")
     if counts.active != counts.total:
-        table.add_row(
-            "active", f"{human_count(counts.active)}  (all but the experts a token does not choose)"
-        )
+        table.add_row("active", f"{human_count(counts.active)}  ({what_is_active(counts)})")
+    if modules := counts.by_part.get("mtp"):
+        table.add_row("without mtp", f"{human_count(counts.total - modules)}  (prediction modules share embedding and head with the model)")
     table.add_row("vocabulary", f"{vocab:,} ids in {rows:,} rows (a multiple of 128 and of tp({layout.tp}))")
     return table
+
+
+def what_is_active(counts: Counts) -> str:
+    """The definition, in words."""
+    return "all but the experts a token does not choose" + (", and the prediction modules" if "mtp" in counts.by_part else "")
 
 
 def _memory_table(recipe: Recipe, layout: Layout, vocab: int) -> Table:
@@ -76,7 +81,9 @@ def _memory_table(recipe: Recipe, layout: Layout, vocab: int) -> Table:
         "gradients": "gradients (FP32)",
         "masters": "masters (FP32)",
         "moments": "Adam moments (FP32)",
+        **({"average": "average of weights (FP32)"} if recipe.train.ema_decay is not None else {}),
         "activations": "activations (estimate)",
+        **({"host": "masters and moments on the host"} if recipe.optimizer.optimizer_cpu_offload else {}),
         "total": "total",
     }
     for part, label in labels.items():

@@ -29,6 +29,8 @@ OPERATIONS = {"dense": 270, "experts": 360, "expert": 37, "shared": 75, "qk_laye
 STEP_OPERATIONS = {"layer": 105, "expert": 30, "rest": 433}  # gradients and optimizer, once a step
 ADAM_BYTES = {"fp32": 4 * 7, "bf16": 4 * 7 + 2}  # reads gradient, weight, both moments; writes weight, both moments (and BF16)
 
+HOST_LINK = 64e9  # bytes a second one way between a device and its host: PCIe 5.0, 16 lanes
+
 
 @dataclass(frozen=True)
 class StepTime:
@@ -86,7 +88,10 @@ def _stage(recipe: Recipe, layout: Layout, rows: int, device: Device, stage: int
     bubble = (layout.pp - 1) / layout.vpp
     sharded = recipe.parallel.use_distributed_optimizer
     owned = dense // (layout.dp * layout.cp) + experts // layout.expert_dp if sharded else dense + experts
-    optimizer = owned * ADAM_BYTES[recipe.train.precision] / device.memory_bandwidth + once
+    if recipe.optimizer.optimizer_cpu_offload:  # gradients down, weights up; the update itself is the host's, and not predicted
+        optimizer = owned * (FP32 + width_of(recipe)) / HOST_LINK + once
+    else:
+        optimizer = owned * ADAM_BYTES[recipe.train.precision] / device.memory_bandwidth + once
     total = (m + bubble) * (matmul + memory + inside + launches) + between + optimizer
     return StepTime(total, matmul, memory, inside, launches, m, bubble, between, optimizer, flops, stage)
 

@@ -110,6 +110,8 @@ def evaluation(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
     if train.early_stop_patience is not None and train.eval_interval is None:
         rule, fix = "counts evaluations, but there is only one, at the end", "give train.eval_interval"
         yield Problem("train.early_stop_patience", rule, fix, train.early_stop_patience)
+    if train.eval_ema and train.ema_decay is None:
+        yield Problem("train.eval_ema", "no average is kept: ema_decay is null", "give train.ema_decay, or set it to false", True)
     if data.validation is None and data.validation_rows == 0:
         for key in ("eval_interval", "exact_match", "eval_prompts"):
             if value := getattr(train, key):

@@ -180,6 +180,7 @@ class OptimizerConfig(Section):
     adam_beta2: float = Field(default=0.95, ge=0, lt=1)
     adam_eps: float = Field(default=1e-8, gt=0)
     clip_grad: float = Field(default=1.0, ge=0, description="global-norm clip; 0: off")
+    optimizer_cpu_offload: bool = Field(default=False, description="masters and Adam moments in host memory, and the update computed there")
     lr_decay_style: Literal["cosine", "linear", "constant", "cosine_with_restarts", "wsd"] = "cosine"
     lr_warmup_steps: int = Field(default=0, ge=0)
     min_lr: float = Field(default=0.0, ge=0)
@@ -227,6 +228,10 @@ class TrainConfig(Section):
     freeze: list[str] = Field(
         default=[], description="parameters that keep their values: globs over global names, or dotted parts of them (router, embedding)"
     )
+    ema_decay: float | None = Field(
+        default=None, gt=0, lt=1, description="keep an FP32 moving average of the weights, v = d v + (1 - d) w each step, in checkpoints too; null: none"
+    )
+    eval_ema: bool = Field(default=False, description="evaluate, answer and convert with the averaged weights")
     eval_prompts: int = Field(default=0, ge=0, description="validation prompts answered greedily at every evaluation: exact match and length")
     sample_prompts: int = Field(default=3, ge=0, description="prompts answered at the end for the report")
     sample_tokens: int = Field(default=64, ge=1)

@@ -30,7 +30,7 @@ def count_parameters(model: ModelConfig, vocab_size: int) -> Counts:
     """Parameters of `model` with `vocab_size` rows in its tables (`padded_vocab` for what a run holds).
 
     Agrees with the published totals: Llama-3 8.03B and 70.55B, Qwen3-30B-A3B 30.53B, Mixtral-8x7B 46.70B,
-    DeepSeek-V3 671.03B without its prediction module, which has 11.5B more and shares embedding and head (a copy of
+    DeepSeek-V3 671.03B without its prediction module, which has 11.6B more and shares embedding and head (a copy of
     both on the hub makes it 685B). The routers' expert biases are no parameters and are not counted.
     """
     layers = layers_with_experts(model)

@@ -99,6 +99,7 @@ _NAMES = {
     "train.epochs": "num_train_epochs num_epochs max_epochs n_epochs",
     "train.precision": "dtype bf16 fp16 mixed_precision",
     "train.seed": "random_seed",
+    "optimizer.optimizer_cpu_offload": "offload_optimizer cpu_offload offload zero_offload",
     "train.recompute_granularity": "gradient_checkpointing activation_checkpointing recompute_activations activation_recomputation",
     "train.eval_interval": "eval_steps eval_every eval_iters evaluation_interval",
     "train.save_interval": "save_steps save_every checkpoint_interval",

@@ -87,7 +87,7 @@ def render_report(run: RunRecord, *, now: float) -> str:
         commands=commands(run, status),
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        page_data={"charts": [chart.data for chart in charts], "heat": load.data if load else []},
+        page_data={"charts": [chart.data for chart in charts], "heat": load.data if load else [], "layers": load.layers if load else []},
     )
 
 

@@ -17,6 +17,7 @@ SMALL_CHARTS: tuple[tuple[str, str, Callable[[float], str], bool], ...] = (
     ("grad_norm", "Gradient norm before clipping", number, False),
     ("tokens_per_second", "Tokens per second", compact, True),
     ("mfu", "Model FLOPs utilisation", percent, True),
+    ("mtp_1_loss", "Loss of the first prediction module", number, False),
     ("load_balancing_loss", "Load-balancing loss", number, False),
     ("z_loss", "Router z-loss", number, False),
     ("dropped_tokens", "Assignments dropped for capacity", compact, True),

@@ -32,6 +32,7 @@ class ExpertLoad:
     smallest: float  # times the fair share
     largest: float
     data: list[list[int]]
+    layers: list[int]  # their numbers in the model
 
 
 def build_expert_load(train: list[Row]) -> ExpertLoad | None:
@@ -43,9 +44,11 @@ def build_expert_load(train: list[Row]) -> ExpertLoad | None:
     records = [record for record in records if [len(layer) for layer in record[1]] == shape][-AVERAGED:]
     layers = [_mean_shares([load[index] for _, load in records]) for index in range(len(shape))]
     ratios = [[share * len(layer) for share in layer] for layer in layers]
+    last = next(row for row in reversed(train) if _is_load(row.get("expert_load")))
+    numbers = last.get("expert_layers") or list(range(len(shape)))  # runs of before it was logged had no dense layers
     heat = max(shape) > MOST_BARS or len(shape) > MOST_PANELS
     return ExpertLoad(
-        svg=_heat_map(ratios) if heat else _bars(layers),
+        svg=_heat_map(ratios, numbers) if heat else _bars(layers, numbers),
         heat=heat,
         steps=(records[0][0], records[-1][0]),
         records=len(records),
@@ -54,6 +57,7 @@ def build_expert_load(train: list[Row]) -> ExpertLoad | None:
         smallest=min(map(min, ratios)),
         largest=max(map(max, ratios)),
         data=[[round(100 * ratio) for ratio in row] for row in ratios] if heat else [],
+        layers=numbers,
     )
 
 
@@ -66,12 +70,12 @@ def _mean_shares(loads: list[list[float]]) -> list[float]:
     return [sum(column) / len(column) for column in columns]
 
 
-def _bars(layers: list[list[float]]) -> Markup:
+def _bars(layers: list[list[float]], numbers: list[int]) -> Markup:
     """One panel a layer on a common scale, with the line at 1/E."""
     width, height, base = 245, 128, 106
     highest = max(map(max, layers))
     panels = []
-    for index, shares in enumerate(layers):
+    for index, shares in zip(numbers, layers, strict=True):
         pitch = (width - 12) / len(shares)
         fair = 1 / len(shares)
         bars = []
@@ -95,7 +99,7 @@ def _bars(layers: list[list[float]]) -> Markup:
     return Markup('<div class="panels">' + "".join(panels) + "</div>")
 
 
-def _heat_map(ratios: list[list[float]]) -> Markup:
+def _heat_map(ratios: list[list[float]], numbers: list[int]) -> Markup:
     """Rows are layers, columns experts. All cells of a colour are one path: a large model stays a small file."""
     left, right, top, tall = 34, 110, 20, 14 if len(ratios) <= 40 else 9
     wide = (1040 - left - right) / max(map(len, ratios))
@@ -110,7 +114,7 @@ def _heat_map(ratios: list[list[float]]) -> Markup:
             cells[colour].append(f"M{left + expert * wide:.1f} {middle:g}h{length * wide:.1f}")
             expert += length
         if layer % (1 if tall > 10 else 4) == 0:
-            labels.append(f'<text x="{left - 8}" y="{middle:g}" dy=".32em" class="end">{layer}</text>')
+            labels.append(f'<text x="{left - 8}" y="{middle:g}" dy=".32em" class="end">{numbers[layer]}</text>')
             labels.append(
                 f'<text x="{1040 - right + 8}" y="{middle:g}" dy=".32em">'
                 f"{min(row):.2f} to {max(row):.2f}</text>"

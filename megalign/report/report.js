@@ -91,7 +91,7 @@
       const expert = Math.floor(((event.clientX - box.left) * scale - left) / wide);
       const ratio = page.heat[layer] && page.heat[layer][expert];
       if (ratio === undefined) { tip.hidden = true; return; }
-      show([{ text: `layer ${layer}, expert ${expert}` }, { text: (ratio / 100).toFixed(2) + " times the fair share" }],
+      show([{ text: `layer ${page.layers[layer]}, expert ${expert}` }, { text: (ratio / 100).toFixed(2) + " times the fair share" }],
         event.clientX, event.clientY);
     });
     heat.addEventListener("pointerleave", () => { tip.hidden = true; });

@@ -34,6 +34,7 @@ from megalign.parallel.placement import place
 from megalign.parallel.reduction import Reduction, attach
 from megalign.parallel.saving import Save
 from megalign.parallel.schedule import forward_backward, from_last_stage, sum_over
+from megalign.parallel.shadow import Shadow
 from megalign.parallel.unsynchronised import leave_out, unreduced
 from megalign.trainer.audit import RunAudit
 from megalign.trainer.experts import ExpertWatch
@@ -106,6 +107,7 @@ class Engine:
         self.models = models
         self.chunks: list[Any] = [Float16Module(self.config, model) for model in models] if bf16 else list(models)
         self.optimizer: Any = None
+        self.shadow: Shadow | None = None
         if train:
             self.chunks = wrap_data_parallel(
                 self.chunks,
@@ -123,8 +125,11 @@ class Engine:
                 bf16=bf16,
                 use_distributed_optimizer=parallel.use_distributed_optimizer,
                 overlap_param_gather=parallel.overlap_param_gather,
+                cpu_offload=recipe.optimizer.optimizer_cpu_offload,
                 **recipe.optimizer.model_dump(include=ADAM),
             )
+            if recipe.train.ema_decay is not None:
+                self.shadow = Shadow(self.optimizer, [p for model in models for p in model.parameters()], recipe.train.ema_decay)
             self.audit = RunAudit(self)
 
     def train_step(self, microbatches: Sequence[Batch], objective: Objective, lr: float, step: int) -> StepResult:
@@ -139,7 +144,13 @@ class Engine:
         with self.phases("optimizer"):
             set_learning_rate(self.optimizer, lr)
             _, grad_norm, _ = self.optimizer.step()
+            if self.shadow is not None:
+                self.shadow.update()
         return sums.means(float(grad_norm or 0.0))
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the weights are the moving average, where `train.eval_ema` asks for it (collective)."""
+        return self.shadow.in_place() if self.shadow is not None and self.recipe.train.eval_ema else contextlib.nullcontext()
 
     @torch.no_grad()
     def evaluate(self, steps: Sequence[Sequence[Batch]], objective: Objective) -> StepResult:
@@ -252,12 +263,16 @@ class Engine:
 
     def save(self, folder: Path, step: int, meta: dict[str, Any], extra: Callable[[Path], None] | None = None, *, background: bool = False) -> Save:
         """Begin a checkpoint of model and optimizer (collective); it appears when the caller finishes it."""
-        return Save(folder, step, self.chunks, self.optimizer, meta, self.grid, extra, background=background)
+        return Save(folder, step, self.chunks, self.optimizer, meta, self.grid, extra, background=background, shadow=self.shadow)
 
     def load(self, path: Path, *, same_generators: bool = False, weights_only: bool = False) -> dict[str, Any]:
-        """Load a checkpoint of any layout (collective); return what was remembered with it."""
-        optimizer = None if weights_only else self.optimizer
-        meta = checkpoint.load(path, self.chunks, optimizer, self.grid, same_generators=same_generators)
+        """Load a checkpoint of any layout (collective); return what was remembered with it.
+
+        weights_only: to be used as they are; the averaged ones with `train.eval_ema`.
+        """
+        optimizer, shadow = (None, None) if weights_only else (self.optimizer, self.shadow)
+        average = weights_only and self.recipe.train.eval_ema
+        meta = checkpoint.load(path, self.chunks, optimizer, self.grid, same_generators=same_generators, shadow=shadow, average=average)
         if weights_only and self.optimizer is not None:
             self.optimizer.reload_model_params()
         return meta

@@ -50,7 +50,8 @@ class ExpertWatch:
             counts.zero_()
 
     def collect(self) -> dict[str, Any]:
-        """Stop counting: {"expert_load": [[share an expert] a layer], "dropped_tokens": assignments lost to capacity}."""
+        """Stop counting: {"expert_load": [[share an expert] a layer with experts], "expert_layers": their numbers
+        from 0 (prediction modules behind the last), "dropped_tokens": assignments lost to capacity}."""
         self.counting = False
         if self.config.num_moe_experts is None:
             return {}
@@ -69,7 +70,7 @@ class ExpertWatch:
         kept = sum(sum(counts) for counts in layers.values())
         dropped = int(sum(count for _, count in stages) - kept)
         load = [[count / max(1.0, sum(layers[layer])) for count in layers[layer]] for layer in sorted(layers)]
-        return {"expert_load": load, "dropped_tokens": dropped}
+        return {"expert_load": load, "expert_layers": sorted(layers), "dropped_tokens": dropped}
 
     def _groups_of_tokens(self) -> list[Any]:
         """Groups over which each rank routes tokens of its own."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -37,7 +38,8 @@ def finish(
         engine.load(best, weights_only=True)
         loaded = int(best.name.split("_")[1])
         log.event(progress.step, "best", f"the best checkpoint is {best.name}")
-    exact = answers(engine, run, validation if len(validation.kept) else train, loaded)
+    with engine.averaged() if loaded == progress.step else contextlib.nullcontext():  # what was loaded is averaged already
+        exact = answers(engine, run, validation if len(validation.kept) else train, loaded)
     summary = {
         "status": "stopped" if config.stop_at_step == progress.step else "finished",
         "steps": progress.step,

@@ -128,6 +128,7 @@ def expert_collapse(
     *,
     negligible: float = NEGLIGIBLE_SHARE,
     assignments: float | None = None,
+    layers: Sequence[int] | None = None,
 ) -> str | None:
     """Warning if some expert of some MoE layer is starved, None if all layers are alive.
 
@@ -135,11 +136,11 @@ def expert_collapse(
     top-k routing that collapsed onto k experts shows as k times 1/k. An expert is starved when its
     share is below `negligible / E`. The effective number of experts is exp(entropy of the shares).
     `assignments` (routed tokens times top-k, of one layer) silences the alarm where fewer than 20 an
-    expert make empty experts a matter of chance.
+    expert make empty experts a matter of chance. `layers`: numbers of the layers, where not all have experts.
     """
     worst: tuple[float, str] | None = None
     starving_layers = 0
-    for layer, loads in enumerate(expert_load):
+    for layer, loads in zip(layers or range(len(expert_load)), expert_load, strict=True):
         experts, total = len(loads), sum(loads)
         if experts < 2 or not total > 0:
             continue

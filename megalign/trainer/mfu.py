@@ -7,8 +7,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megalign.config.layout import layers_with_experts
 from megalign.config.schema import ModelConfig
-from megalign.config.size import Counts
+from megalign.config.size import Counts, idle_parameters, prediction_parameters
 from megalign.parallel.init import World, cpu_cores
 from megalign.trainer.metrics import NullLogger
 from megalign.trainer.peaks import device_peak_flops, model_flops_per_token
@@ -31,13 +32,16 @@ class Speed:
 
 
 def flops_per_token(model: ModelConfig, counts: Counts, statistics: dict[str, Any]) -> float:
-    """FLOPs of one token of this data, forward and backward. statistics: those of the training set."""
+    """FLOPs of one token of this data, forward and backward, prediction modules included. statistics: those of the training set."""
     documents = max(1, statistics["rows_kept"])
+    modules = model.mtp_num_layers or 0 if model.mtp_loss_scaling_factor else 0
+    experts = layers_with_experts(model)[-1]
+    ahead = sum(prediction_parameters(model).values()) - experts * idle_parameters(model) + counts.by_part.get("embedding", 0)  # and the head once more
     embedding = 0 if model.share_embeddings_and_output_weights else counts.by_part.get("embedding", 0)
     return model_flops_per_token(
-        counts.active,
+        counts.active + modules * ahead,
         embedding_parameters=embedding,
-        num_layers=model.num_layers,
+        num_layers=model.num_layers + modules,
         num_attention_heads=model.num_attention_heads,
         kv_channels=_head_size(model),
         sequence_length=min(statistics["sequence_length"], statistics["tokens"] / documents),

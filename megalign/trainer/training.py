@@ -152,7 +152,7 @@ class Training:
         at = self.progress.step
         warnings = [self.clip_alarm.observe(step.result.grad_norm), *step.warnings]
         if step.routing.get("expert_load"):
-            warnings.append(expert_collapse(step.routing["expert_load"], assignments=float(step.result.tokens)))
+            warnings.append(expert_collapse(step.routing["expert_load"], assignments=float(step.result.tokens), layers=step.routing["expert_layers"]))
         for warning in filter(None, warnings):
             self.log.event(at, "warning", warning)
         spike = self.spike.observe(step.result.loss) if self.spike else None
@@ -163,12 +163,13 @@ class Training:
         """Loss over the held-out rows, and what `generate` measures (collective). Raises TrainingStopped if it is not finite."""
         assert self.held_out is not None
         progress = self.progress
-        result = self.engine.evaluate(list(self.held_out.one_pass()), self.objective)
+        with self.engine.averaged():
+            result = self.engine.evaluate(list(self.held_out.one_pass()), self.objective)
+            generated = self.generate(progress.step) if self.generate and math.isfinite(result.loss) else {}
         if not math.isfinite(result.loss):
             raise TrainingStopped(f"eval_loss is {result.loss}", progress.step, fix="the last checkpoint is intact; lower optimizer.lr")
         best = progress.best is None or result.loss < progress.best[1]
         progress.evaluations.append((progress.step, result.loss))
-        generated = self.generate(progress.step) if self.generate else {}
         more = {f"eval_{name}": value for name, value in {**logged(result.metrics), **generated}.items()}
         if self.objective.count is scored_tokens:
             more["eval_perplexity"] = math.exp(min(result.loss, 80.0))

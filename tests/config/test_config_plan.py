@@ -89,3 +89,11 @@ def test_units():
     assert [human_count(n) for n in (0, 999, 1000, 2_500_000)] == ["0", "999", "1.00K", "2.50M"]
     assert human_bytes(141_107_412_992) == "141.1 GB"
     assert [human_bytes(n) for n in (0, 999, 1500, 2_000_000, 3_000_000_000_000)] == ["0 B", "999 B", "1.5 kB", "2.0 MB", "3.0 TB"]
+
+
+def test_prediction_modules_and_what_counts_as_active_are_said():
+    model = {**PRESETS["deepseek-v3"], "mtp_num_layers": 1}
+    text = printed(Recipe.model_validate({"model": model, "parallel": {"pipeline_model_parallel_size": 61}}))
+    assert "682.64B  (682,636,472,320)" in text and row(text, "mtp").startswith("11.61B")
+    assert row(text, "without mtp").startswith("671.03B  (prediction modules share embedding and head")
+    assert row(text, "active").endswith("(all but the experts a token does not choose, and the prediction modules)")

@@ -133,6 +133,10 @@ CASES = [
         "overlap", "parallel.overlap_param_gather=true parallel.overlap_grad_reduce=true parallel.use_distributed_optimizer=false", 1,
         "parallel.overlap_param_gather", "needs use_distributed_optimizer", "parallel.use_distributed_optimizer=true",
     ),
+    (
+        "offload", "optimizer.optimizer_cpu_offload=true parallel.use_distributed_optimizer=false", 1, "optimizer.optimizer_cpu_offload",
+        "needs use_distributed_optimizer, which is false", "parallel.use_distributed_optimizer=true",
+    ),
     ("heads", "tp=3 heads=4 groups=12 ffn=384", 3, "model.num_attention_heads", "tensor_model_parallel_size(3), but 4 = 1 * 3 + 1; set it to 3 or 6", "heads=12 hidden=120"),
     ("heads", "heads=4 groups=3", 1, "model.num_query_groups", "=3: must divide num_attention_heads(4); choose one of 1, 2, 4", "groups=2"),
     ("heads", "tp=4 heads=12 groups=6 hidden=96", 4, "model.num_query_groups", "=6: must be a multiple or a divisor of tensor_model_parallel_size(4)", "groups=4"),
@@ -155,6 +159,9 @@ CASES = [
     ("widths", "experts=4 model.moe_layer_freq=[0,1,1,1] tp=2 sp=true ffn=385 model.moe_ffn_hidden_size=64", 2, "model.ffn_hidden_size", "385 = 192 * 2 + 1", "ffn=386"),
     ("experts", "experts=4 model.moe_router_enable_expert_bias=true", 1, "model.moe_router_enable_expert_bias", "moe_router_score_function is softmax; set model.moe_router_score_function to sigmoid", "model.moe_router_score_function=sigmoid"),
     ("experts", "experts=4 model.moe_router_score_function=sigmoid model.moe_norm_topk_prob=false", 1, "model.moe_norm_topk_prob", "always rescaled", "model.moe_norm_topk_prob=true"),
+    ("experts", "model.moe_grouped_gemm=true", 1, "model.moe_grouped_gemm", "the model has no experts; set it to null", "model.moe_grouped_gemm=null"),
+    ("implementation", "experts=4 model.moe_token_dispatcher_type=flex", 1, "model.moe_token_dispatcher_type", "DeepEP is not installed; set it to alltoall", "model.moe_token_dispatcher_type=alltoall"),
+    ("evaluation", "train.eval_ema=true", 1, "train.eval_ema", "no average is kept: ema_decay is null", "train.ema_decay=0.999"),
     ("experts", "experts=4 model.add_bias_linear=true", 1, "model.add_bias_linear", "experts here have no biases", "model.add_bias_linear=false"),
     ("experts", "experts=4 model.moe_router_num_groups=2", 1, "model.moe_router_group_topk", "=null: groups of experts", "model.moe_router_group_topk=1"),
     ("experts", "experts=5 model.moe_router_num_groups=2 model.moe_router_group_topk=1", 1, "model.num_moe_experts", "moe_router_num_groups(2), but 5 = 2 * 2 + 1", "experts=6"),
@@ -216,6 +223,17 @@ def test_a_rule(rule, keys, world, field, words, mend):
     assert field in fired and words in fired[field]
     assert violations(broken, world)[field] == fired[field]
     assert violations(recipe(f"{keys} {mend}"), world) == {}
+
+
+def test_extras_can_be_chosen_where_they_are_installed(monkeypatch):
+    """DeepEP and Transformer Engine's grouped experts: chosen by configuration, refused where they make no sense."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    flex = "experts=4 model.moe_token_dispatcher_type=flex"
+    assert violations(recipe(f"{flex} ep=2"), 2) == {}
+    assert "nothing to dispatch" in violations(recipe(flex), 1)["model.moe_token_dispatcher_type"]
+    engine = "experts=4 model.transformer_impl=transformer_engine"
+    assert violations(recipe(engine), 1) == {}
+    assert "experts are grouped" in violations(recipe(f"{engine} model.moe_grouped_gemm=false"), 1)["model.moe_grouped_gemm"]
 
 
 def test_every_rule_has_a_case_and_a_reason():

@@ -92,6 +92,15 @@ def test_few_experts_are_bars_with_the_fair_line(tmp_path):
     assert load.svg.count('class="reference"') == 2 and "2.0 % to 98.0 %" in load.svg
 
 
+def test_layers_have_their_numbers_in_the_model(tmp_path):
+    """Leading dense layers have no load; prediction modules stand behind the last layer."""
+    for experts, tag in ((4, "Layer 3</text>"), (64, '"end">3</text>')):
+        rows = train(tmp_path, expert_load=[[[1 / experts] * experts] * 2], expert_layers=[[3, 5]]).train
+        load = build_expert_load(rows)
+        assert load is not None and load.layers == [3, 5] and load.heat == (experts == 64)
+        assert tag in load.svg and tag.replace("3", "5") in load.svg and tag.replace("3", "0") not in load.svg
+
+
 def test_starved_is_measured_against_the_fair_share(tmp_path):
     load = build_expert_load(train(tmp_path, expert_load=[[[0.08, 0.02, 0.4, 0.5]]]).train)
     assert (

@@ -80,6 +80,7 @@ def _measure(recipe: Recipe, vocabulary: int, documents: int) -> dict[str, int]:
     from megalign.parallel.init import in_distributed_launch
     from megalign.sft import token_loss
     from megalign.trainer.engine import Engine
+    from megalign.trainer.objective import Objective
     from megalign.trainer.run import grid_of
 
     assert in_distributed_launch()
@@ -106,7 +107,7 @@ def _measure(recipe: Recipe, vocabulary: int, documents: int) -> dict[str, int]:
     logprob._Logits.__call__ = logits
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
-            engine.train_step(rows(recipe, layout.microbatches, vocabulary, documents), token_loss, 1e-4, 1)
+            engine.train_step(rows(recipe, layout.microbatches, vocabulary, documents), Objective(token_loss), 1e-4, 1)
     finally:
         logprob._Logits.__call__ = local_logits
     destroy_grid()

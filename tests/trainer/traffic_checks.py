@@ -21,6 +21,7 @@ def count(cases: list[tuple[dict[str, Any], int]]) -> list[dict[str, Any]]:
     from megalign.parallel.grid import destroy_grid
     from megalign.sft import token_loss
     from megalign.trainer.engine import Engine
+    from megalign.trainer.objective import Objective
     from megalign.trainer.run import grid_of
 
     counter = _Counter()
@@ -35,7 +36,7 @@ def count(cases: list[tuple[dict[str, Any], int]]) -> list[dict[str, Any]]:
         batches = rows(recipe, layout.microbatches, vocabulary)
         counter.axes = _axes(grid)
         counter.sent = {}
-        engine.train_step(batches, token_loss, 1e-4, 1)
+        engine.train_step(batches, Objective(token_loss), 1e-4, 1)
         found.append({"stage": grid.pipeline.rank, "sent": counter.sent})
         counter.sent = {}
         destroy_grid()
