@@ -21,7 +21,6 @@ def engine_of(parallel: dict[str, Any], optimizer_cpu_offload: bool = False, **t
     from megalign.config.rules import check
     from megalign.config.schema import Recipe
     from megalign.trainer.engine import Engine
-    from megalign.trainer.objective import Objective
     from megalign.trainer.run import grid_of
 
     recipe = Recipe.model_validate(
