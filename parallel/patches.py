@@ -112,6 +112,15 @@ PATCHES = (
         cpu_only=False,
     ),
     Patch(
+        "reduce-strided",
+        "tensor_parallel/mappings.py",
+        31,
+        "torch.distributed.all_reduce(input_.contiguous(), group=group)",
+        "of a tensor with strides (a gradient cut out of another) a copy is summed, and the tensor itself returned: each rank keeps its part",
+        upstream.reduce_strided,
+        cpu_only=False,
+    ),
+    Patch(
         "results-queue",
         "dist_checkpointing/strategies/filesystem_async.py",
         55,

@@ -18,6 +18,13 @@ def te_gemm_name() -> None:
         moe_utils.te_general_gemm = None
 
 
+def reduce_strided() -> None:
+    from megatron.core.tensor_parallel import mappings
+
+    upstream = mappings._reduce
+    mappings._reduce = lambda input_, group: upstream(input_.contiguous(), group)
+
+
 def results_queue() -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 

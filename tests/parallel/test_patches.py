@@ -53,6 +53,7 @@ MISSED = {
 }
 ELSEWHERE = {
     "no-compile",  # below
+    "reduce-strided",
     "padded-z-loss",  # tests/models/test_moe.py
     "empty-aux-loss",
     "padded-expert-bias",  # tests/models/test_expert_bias.py
@@ -128,6 +129,27 @@ def test_nothing_is_compiled_and_the_compiler_is_not_imported():
     without, then = found("before us", "no-compile")
     assert without.startswith("inductor True") and "'compiled': True" in without
     assert "'compiled': False" in then and "Error" not in then
+
+
+def strided_gradient() -> float:
+    """The gradient of a copied tensor whose ranks have 1 and 2 as theirs, cut out of a wider gradient."""
+    from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+
+    from megalign.parallel.grid import create_grid
+
+    grid = create_grid(tensor_model_parallel_size=2)
+    x = torch.zeros(3, 2, requires_grad=True)
+    torch.cat([copy_to_tensor_model_parallel_region(x, group=grid.tensor.group), torch.zeros(3, 5)], dim=-1).backward(
+        torch.full((3, 7), 1.0 + grid.rank)
+    )
+    assert x.grad is not None
+    return float(x.grad[0, 0])
+
+
+def test_strided_gradients_are_summed():
+    assert run_ranks(strided_gradient, 2) == [3, 3]
+    without = functools.partial(install, skip=["reduce-strided"])
+    assert run_ranks(strided_gradient, 2, before=without) == [1, 2]
 
 
 def test_every_patch_has_its_test():
