@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalign.kernels.reference import quantise_blocks_both
+from megalign.kernels.backends import quantise_blocks_both
 from megalign.kernels.rounding import Place, noise_key, philox, stochastic_bf16
 
 CHUNK = 2**16  # elements updated at a time on CPU: what stays in cache

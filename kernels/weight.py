@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megalign.kernels.reference import quantise_blocks_both
+from megalign.kernels.backends import quantise_blocks_both
 from megalign.kernels.tiles import Fp8Tensor
 
 Pair = tuple[Fp8Tensor, Fp8Tensor]
