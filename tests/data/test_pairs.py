@@ -62,10 +62,13 @@ def test_what_does_not_fit_or_is_no_pair_is_left_out_and_counted(tmp_path: Path)
         build_pairs(recipe(tmp_path, rows))
 
 
-def test_rankings_become_pairs_whose_weights_sum_to_one():
+def test_rankings_become_pairs_whose_weights_sum_to_one(tmp_path: Path):
     answers = tuple(Response((Message("assistant", text),), rank=rank) for text, rank in (("a", 1.0), ("b", 2.0), ("c", 2.0)))
     found = as_pairs(RankedResponses((Message("user", "?"),), answers))
     assert [row.weight for row in found if isinstance(row, PreferencePair)] == [0.5, 0.5]
+    ranked = {"context": "?", "completions": [{"rank": rank, "completion": text} for rank, text in ((1, "one"), (2, "two"), (2, "three"))]}
+    train, _ = build_pairs(recipe(tmp_path, [ranked, ranked], validation_rows=0))
+    assert [pair[0].values["weight"] for pair in train.rows] == [0.5] * 4 == [pair[1].values["weight"] for pair in train.rows]
     (bad,) = as_pairs(Conversation((Message("user", "?"), Message("assistant", "!"))))
     assert isinstance(bad, BadRow) and "dpo learns from pairs" in bad.reason
 
