@@ -133,6 +133,9 @@ def build_pairs(recipe: Recipe) -> tuple[Dataset, Dataset]:
 
     Raises DataError as `build_datasets` does.
     """
+    for key, value, fix in (("loss_on", "all", "prompts would be in the sum of both sides; set it to assistant"), ("streaming", True, "pairs are read as a whole; set it to false")):
+        if getattr(recipe.data, key) == value:
+            raise DataError(f"data.{key} is {value!r}, and this is preference data: {fix}")
     folder, tokenizer = cache_folder(recipe), tokenizer_of(recipe)
 
     def look(source: Source) -> Look:

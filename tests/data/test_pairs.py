@@ -88,6 +88,22 @@ def test_the_grammar_has_pairs_of_a_right_and_a_wrong_answer():
         assert right == row.messages[-1].content != wrong and len(right.split()) - 2 <= len(wrong.split()) <= len(right.split()) + 3
 
 
+def test_a_mixture_of_pairs_keeps_its_parts(tmp_path: Path):
+    for name, count in (("a", 5), ("b", 3)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(pair(n)) for n in range(count)))
+    mixture = [{"name": name, "path": str(tmp_path / f"{name}.jsonl"), "weight": weight} for name, weight in (("a", 3), ("b", 1))]
+    data = dict(mixture=mixture, validation_rows=0, sequence_length=256, tokenizer=dict(vocab_size=300))
+    train, _ = build_pairs(Recipe.model_validate({"output": str(tmp_path / "run"), "data": data}))
+    assert [(part.name, part.weight, part.start, part.stop) for part in train.parts] == [("a", 0.75, 0, 5), ("b", 0.25, 5, 8)]
+    assert [int(pair[0].values["row"]) for pair in train.rows] == list(range(8))
+
+
+@pytest.mark.parametrize("change, words", [({"loss_on": "all"}, "prompts would be in the sum"), ({"streaming": True}, "read as a whole")])
+def test_what_would_spoil_pairs_is_refused(tmp_path: Path, change: dict[str, Any], words: str):
+    with pytest.raises(DataError, match=words):
+        build_pairs(recipe(tmp_path, [pair(0)], **change))
+
+
 def test_real_pairs(shared_data: Path, tmp_path: Path):
     """hh_harmless: every row is kept, too long or bad (so is one of the two that validate); the sides share their prompt."""
     r = recipe(tmp_path, [pair(0)], train=str(shared_data / "hh_harmless" / "pairs.jsonl.gz"), max_rows=200, sequence_length=1024, max_bad_share=0.2)

@@ -36,6 +36,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         recipe(base / "model", dpo={"reference": "model"}),
         recipe(base / "halves", **half),
         recipe(base / "halves"),
+        recipe(base / "model-halves", dpo={"reference": "model"}, **half),
+        recipe(base / "model-halves", dpo={"reference": "model"}),
         recipe(base / "shared", dpo={"reference_cache": str(base / "cached" / "reference")}),
         *(recipe(base / loss, dpo={"loss": loss}, **ONE_STEP) for loss in (*AT_FIRST, *REFERENCE_FREE) if loss != "sigmoid"),
     ]
@@ -58,6 +60,7 @@ def test_resumption_is_exact_and_the_reference_is_the_first_one(folder: Path):
     """Bitwise, rewards included: against a reference taken anew from the checkpoint they would start from 0 again."""
     whole, halves = curve(folder / "cached", *NAMES), curve(folder / "halves", *NAMES)
     assert whole == halves
+    assert curve(folder / "model", *NAMES) == curve(folder / "model-halves", *NAMES)
     assert abs(whole[3][5]) > 1e-3, "margins that a new anchor would not have"
     evaluations = [[line["eval_loss"] for line in metrics(folder / name, "eval")] for name in ("cached", "halves")]
     assert evaluations[0][-1] == evaluations[1][-1]
