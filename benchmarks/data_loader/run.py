@@ -56,13 +56,14 @@ def step_rate(train: Dataset, recipe: Recipe, grid: Any, warmup: int, steps: int
     from megalign.sft import token_loss
     from megalign.trainer.batches import Batches
     from megalign.trainer.engine import Engine
+    from megalign.trainer.objective import Objective
 
     engine, batches = Engine(recipe, grid, train.tokenizer.vocab_size), Batches(train, recipe, grid)
     tokens, passed = 0, 0.0
     for step in range(warmup + steps):
         microbatches, count = batches.next_step()
         begun = time.perf_counter()
-        engine.train_step(microbatches, token_loss, 1e-3, step + 1)
+        engine.train_step(microbatches, Objective(token_loss), 1e-3, step + 1)
         if step >= warmup:
             passed, tokens = passed + time.perf_counter() - begun, tokens + count
     return {"tokens_per_second": tokens / passed, "seconds_per_step": passed / steps, "steps": steps}

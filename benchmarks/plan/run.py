@@ -105,6 +105,7 @@ def worker(points: list[dict[str, Any]], steps: int) -> None:
     from megalign.parallel.init import init, shutdown
     from megalign.sft import token_loss
     from megalign.trainer.engine import Engine
+    from megalign.trainer.objective import Objective
     from megalign.trainer.peaks import measured_cpu
     from megalign.trainer.run import grid_of
 
@@ -122,20 +123,20 @@ def worker(points: list[dict[str, Any]], steps: int) -> None:
             collate([[Example(numbers.integers(0, VOCABULARY, length).astype(np.int32), np.arange(length) > 0)]], sequence_length=length, pad_id=0)
             for _ in range(layout.microbatches)
         ]
-        engine.train_step(batches, token_loss, 1e-4, 1)  # warm-up
+        engine.train_step(batches, Objective(token_loss), 1e-4, 1)  # warm-up
         before = measured_cpu(1, "fp32")
         if world.size > 1:
             dist.barrier()
         seconds = []
         for step in range(steps):
             started = time.process_time()
-            engine.train_step(batches, token_loss, 1e-4, step + 2)
+            engine.train_step(batches, Objective(token_loss), 1e-4, step + 2)
             seconds.append(time.process_time() - started)
         device = better(before, measured_cpu(1, "fp32"))
         predicted = step_time(recipe, layout, padded_vocab(VOCABULARY, layout.tp), device)
         answers.append({"x": point["x"], "measured": min(seconds), "predicted": predicted.total, "parts": predicted.as_dict(),
                         "peaks": {"flops": device.fp32, "memory_bandwidth": device.memory_bandwidth, "link": device.link, "launch": device.launch},
-                        "shares": shares(partial(engine.train_step, batches, token_loss, 1e-4, steps + 2)) if point.get("profile") else None})  # fmt: skip
+                        "shares": shares(partial(engine.train_step, batches, Objective(token_loss), 1e-4, steps + 2)) if point.get("profile") else None})  # fmt: skip
         destroy_grid()
         from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 

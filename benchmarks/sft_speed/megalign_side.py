@@ -41,6 +41,7 @@ def measure(data: str, precision: str, warmup: int, steps: int, threads: int) ->
     from megalign.sft import token_loss
     from megalign.trainer.batches import Batches
     from megalign.trainer.engine import Engine
+    from megalign.trainer.objective import Objective
     from megalign.trainer.run import grid_of
 
     grid = grid_of(recipe, world)
@@ -51,7 +52,7 @@ def measure(data: str, precision: str, warmup: int, steps: int, threads: int) ->
         if step == warmup:
             start, cpu_start, tokens, losses = time.perf_counter(), time.process_time(), 0, []
         microbatches, count = batches.next_step()
-        losses.append(engine.train_step(microbatches, token_loss, 3e-4, step + 1).loss)
+        losses.append(engine.train_step(microbatches, Objective(token_loss), 3e-4, step + 1).loss)
         tokens += count
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     parameters = sum(p.numel() for p in engine.models[0].parameters())
