@@ -151,7 +151,7 @@ class Comparison:
             dist.broadcast(reference, src=owner)
             worst = torch.zeros(2, dtype=torch.float64, device=device())
             if mine and elements:
-                worst[0] = max((copy.reshape(-1).double() - reference).abs().max() for copy in mine)
+                worst[0] = max((copy.reshape(-1).to(reference) - reference).abs().max() for copy in mine)
                 worst[1] = reference.abs().max()
             dist.all_reduce(worst, op=dist.ReduceOp.MAX)
             found.append(Mismatch(mismatch.label, mismatch.kind, mismatch.key, mismatch.classes, *worst.tolist()))
