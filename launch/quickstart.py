@@ -56,6 +56,7 @@ def main() -> None:
     install = f"install {installed.read_text().strip()} s, " if installed.exists() and installed.read_text().strip() else ""
     console.print(f"\nstages: {install}{stages}; {time.monotonic() - started:.0f} s without install")
     console.print(f"memory: {memory.peak / 1e9:.1f} GB at most, all processes together")
+    console.print(f"audit of the copies on the four ranks: {audited()}")
     console.print(f"\nreport: [bold]{(RUN / 'report.html').resolve()}[/]\n\nnext:")
     megalign = Path(sys.executable).with_name("megalign")
     megalign = os.path.relpath(megalign) if megalign.is_relative_to(Path.cwd()) else str(megalign)
@@ -161,10 +162,6 @@ def show(before: dict[int, tuple[float, float]], half: int, *, exact: bool) -> N
     loads = [row["expert_load"] for row in map(json.loads, (RUN / "metrics.jsonl").read_text().splitlines()) if row.get("expert_load")]
     smallest = min(min(layer) for layer in loads[-1])
     console.print(f"experts: the least busy of {len(loads[-1])} x {len(loads[-1][0])} gets {smallest:.1%} of its layer's tokens")
-    audit = [row["message"] for row in map(json.loads, (RUN / "metrics.jsonl").read_text().splitlines()) if row.get("event") == "audit"][-1]
-    console.print(f"copies of parameters on the ranks: {audit}")
-    if not audit.endswith(", 0 drift"):
-        fail("copies of parameters differ; the run's events say which")
     summary = json.loads((RUN / "summary.json").read_text())
     if exact:
         console.print(f"held-out prompts answered word for word: [bold]{summary['exact_match']:.0%}[/]")
@@ -179,6 +176,15 @@ def show(before: dict[int, tuple[float, float]], half: int, *, exact: bool) -> N
         fail(f"exact match is {summary['exact_match']:.0%}, below 80 %")
     if exact and smallest < 0.03:
         fail(f"an expert gets {smallest:.1%} of the tokens, below 3 %")
+
+
+def audited() -> str:
+    """What the auditor said at the end: how many parameters, groups of ranks that hold copies, copies that differ."""
+    rows = map(json.loads, (RUN / "metrics.jsonl").read_text().splitlines())
+    found = [row["message"] for row in rows if row.get("event") == "audit"]
+    if not found or not found[-1].endswith(", 0 drift"):
+        fail(f"copies of parameters differ: {found[-1] if found else 'no audit'}; the run's events say which")
+    return found[-1]
 
 
 def fail(reason: str) -> None:
