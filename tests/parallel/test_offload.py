@@ -16,6 +16,7 @@ sys.path.append(str(Path(__file__).parents[1] / "trainer"))  # shadow_checks
 MODEL_4 = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2, "sequence_parallel": True}
 CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "one-fp32": (1, {}, {}),
+    "one-bf16": (1, {}, {"precision": "bf16"}),
     "dp2-bf16": (2, {}, {"precision": "bf16"}),
     "tp2-pp2-ep2-bf16": (4, MODEL_4, {"precision": "bf16"}),
 }

@@ -42,7 +42,7 @@ def step(engine: Any, number: int) -> float:
     share = 4 // engine.grid.data.size
     mine = rows[engine.grid.data.rank * share : (engine.grid.data.rank + 1) * share]
     batches = [collate([[row]], sequence_length=32, pad_id=0) for row in mine]
-    return engine.train_step(batches, Objective(token_loss), 1e-2, number).loss
+    return engine.train_step(batches, Objective(token_loss), 1e-2 / number, number).loss
 
 
 def weights(engine: Any) -> dict[str, torch.Tensor]:
