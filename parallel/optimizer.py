@@ -114,6 +114,18 @@ def zero_gradients(chunks: Sequence[Any], optimizer: Any) -> None:
     optimizer.zero_grad()
 
 
+def finish_parameters(chunks: Sequence[Any]) -> None:
+    """Give every rank the updated parameters now (collective); without overlap_param_gather they are there already.
+
+    With it a step leaves each rank the parameters of its own shard, and the next forward gathers the rest: whoever
+    reads them in between (a checkpoint, an export, a comparison of replicas) would read some of the step before.
+    """
+    for chunk in chunks:
+        ddp_config = getattr(chunk, "ddp_config", None)
+        if ddp_config is not None and ddp_config.overlap_param_gather and ddp_config.use_distributed_optimizer:
+            chunk.start_param_sync(force_sync=True)
+
+
 def main_gradients(chunks: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
     """(name, FP32 main gradient) of every parameter of this rank, as DDP has reduced it."""
     for i, chunk in enumerate(chunks):

@@ -148,6 +148,15 @@ PATCHES = (
         cpu_only=False,
     ),
     Patch(
+        "bucket-padding",
+        "optimizer/distrib_optimizer.py",
+        1504,
+        "if missing_elems_num > 0:",
+        "checkpoints of several gradient buckets, one of them padded, hold masters and moments cut at wrong offsets",
+        upstream.bucket_padding,
+        cpu_only=False,
+    ),
+    Patch(
         "padded-z-loss",
         "transformer/moe/router.py",
         487,

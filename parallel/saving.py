@@ -39,6 +39,7 @@ from megalign.parallel.checkpoint import (
     write_manifest,
 )
 from megalign.parallel.grid import Grid
+from megalign.parallel.optimizer import finish_parameters
 from megalign.parallel.schedule import any_rank
 from megalign.parallel.shadow import Shadow
 
@@ -84,6 +85,7 @@ class Save:
             if extra is not None:
                 extra(self.partial)
 
+        finish_parameters(chunks)
         try:
             together("create the folder", prepare, grid, only_logger=True)
             common = self._plan(sharded_state(chunks, optimizer, grid, loading=False, shadow=shadow))

@@ -188,3 +188,19 @@ def recompute_without_te() -> None:
         self.fp8 = bool(fp8)
 
     CheckpointWithoutOutput.__init__ = __init__
+
+
+def bucket_padding() -> None:
+    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
+
+    upstream = _ParamAndGradBuffer.__init__
+
+    @functools.wraps(upstream)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        upstream(self, *args, **kwargs)
+        # A checkpoint is cut out of the buckets laid end to end, at offsets that count their padding: let it be there.
+        for bucket in self.buckets:
+            bucket.numel_unpadded = bucket.grad_data.numel()
+        self.numel_unpadded = self.numel
+
+    _ParamAndGradBuffer.__init__ = __init__

@@ -47,6 +47,11 @@ def warnings(recipe: Recipe, world_size: int | None = None) -> list[str]:
             f"data.sequence_length={data.sequence_length} is beyond model.max_position_embeddings="
             f"{model.max_position_embeddings}: positions that the model was never meant to see"
         )
+    if recipe.parallel.overlap_param_gather and not recipe.parallel.overlap_grad_reduce:
+        found.append(
+            "parallel.overlap_param_gather=true without overlap_grad_reduce: all parameters are one bucket "
+            "(megatron-core's distributed_data_parallel.py:67), and gathering it overlaps nothing"
+        )
     if max(model.attention_dropout, model.hidden_dropout) > 0:
         found.append("dropout > 0: results depend on the parallel layout, because its random numbers do")
     return found + _about_experts(recipe) + _about_mixture(recipe)

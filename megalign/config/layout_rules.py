@@ -85,13 +85,11 @@ def sequence_parallel(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
 
 def overlap(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
     """Gathering parameters while the forward runs is a feature of the distributed optimizer, and silently off
-    without it (distributed_data_parallel.py:348); its buckets are those of the overlapped reduction (:66)."""
+    without it (distributed_data_parallel.py:348)."""
     parallel = recipe.parallel
-    if parallel.overlap_param_gather:
-        for needed in ("use_distributed_optimizer", "overlap_grad_reduce"):
-            if not getattr(parallel, needed):
-                fix = f"set parallel.{needed} to true, or this to false"
-                yield Problem("parallel.overlap_param_gather", f"needs {needed}, which is false", fix, True)
+    if parallel.overlap_param_gather and not parallel.use_distributed_optimizer:
+        fix = "set parallel.use_distributed_optimizer to true, or this to false"
+        yield Problem("parallel.overlap_param_gather", "needs use_distributed_optimizer, which is false", fix, True)
 
 
 def offload(recipe: Recipe, layout: Layout) -> Iterator[Problem]:

@@ -94,6 +94,8 @@ class DialogueModel(GPTModel):
         scored = mask.flatten().nonzero().squeeze(-1)
         # [S, B, D] with B = 1 for packed rows; [B, S] labels follow the same order after the transpose.
         hidden_TD = hidden.transpose(0, 1).reshape(-1, hidden.shape[-1])[scored]
+        for gathered in self.output_layer._forward_pre_hooks.values():
+            gathered(self.output_layer, ())  # DDP waits there for overlapped gathering; only its weight is used here
         weight: Any = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
         logprobs, correct = vocab_parallel_logprobs(hidden_TD, weight, labels.flatten()[scored], group, self.real_vocab_size)
         return torch.stack([logprobs, correct.float()])

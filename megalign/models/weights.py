@@ -28,6 +28,7 @@ from megalign.models.hf.shards import (
     local_from_full,
 )
 from megalign.parallel.grid import Grid
+from megalign.parallel.optimizer import finish_parameters
 
 
 def place_of(chunk: Any, grid: Grid) -> Place:
@@ -113,6 +114,7 @@ def stream_full(chunks: Sequence[Any], grid: Grid, value: Callable[[Tensor], Ten
 
     value: what to stream of the parameters, e.g. their gradients; None: all weights. Consume it to the end on every rank.
     """
+    finish_parameters(chunks)
     mine = list(named_parameters(chunks, grid) if value else named_weights(chunks, grid))
     gated = all(place.gated for _, _, place in mine)
     tied = any(chunk.share_embeddings_and_output_weights for chunk in map(_unwrapped, chunks))

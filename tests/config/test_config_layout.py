@@ -91,6 +91,7 @@ def test_a_usual_recipe_has_no_warnings():
         ({"optimizer": {"lr": 2e-5}}, "optimizer.lr_warmup_steps=0 is 0% of 100 steps"),
         ({"data": {"sequence_length": 8192}}, "beyond model.max_position_embeddings=4096"),
         ({"model": {"hidden_dropout": 0.1}}, "depend on the parallel layout"),
+        ({"parallel": {"overlap_param_gather": True}}, "all parameters are one bucket"),
         ({"model": {"num_moe_experts": 4}}, "moe_aux_loss_coeff=0"),
         ({"model": {"num_moe_experts": 4, "moe_aux_loss_coeff": 0.01, "moe_expert_capacity_factor": 0.5}}, "capacity_factor=0.5"),
     ],

@@ -128,9 +128,8 @@ CASES = [
     ("expert_layout", "experts=4 ep=2 tp=3 sp=true heads=6 hidden=96 sequence=258", 3, "parallel.expert_model_parallel_size", "start a multiple of 6 ranks", "ep=1"),
     ("sequence_parallel", "sp=true", None, "parallel.sequence_parallel", "=true: needs tensor_model_parallel_size > 1, and it is 1; set it to false", "tp=2"),
     ("sequence_parallel", "tp=2 experts=4", 2, "parallel.sequence_parallel", "=false: experts under tensor_model_parallel_size(2) need sequence parallelism; set it to true", "sp=true"),
-    ("overlap", "parallel.overlap_param_gather=true", 1, "parallel.overlap_param_gather", "needs overlap_grad_reduce", "parallel.overlap_grad_reduce=true"),
     (
-        "overlap", "parallel.overlap_param_gather=true parallel.overlap_grad_reduce=true parallel.use_distributed_optimizer=false", 1,
+        "overlap", "parallel.overlap_param_gather=true parallel.use_distributed_optimizer=false", 1,
         "parallel.overlap_param_gather", "needs use_distributed_optimizer", "parallel.use_distributed_optimizer=true",
     ),
     (

@@ -60,7 +60,15 @@ def gradients(model: dict[str, Any], layout: dict[str, Any], options: dict[str, 
     from megalign.parallel.grid import destroy_grid
 
     distributed = options.get("use_distributed_optimizer", False)
-    run = Run(model, layout, distributed=distributed, document_multiple=options.get("document_multiple", 1), options=options.get("megatron"), hooks=options.get("hooks", True))
+    run = Run(
+        model,
+        layout,
+        distributed=distributed,
+        document_multiple=options.get("document_multiple", 1),
+        options=options.get("megatron"),
+        hooks=options.get("hooks", True),
+        **options.get("run", {}),
+    )
     if "frozen" in options:
         for name, parameter in run.chunks[0].named_parameters():
             parameter.requires_grad_(options["frozen"] not in name)
@@ -93,13 +101,17 @@ class Run:
         options: dict[str, Any] | None = None,
         hooks: bool | None = True,
         overlap: bool = False,
+        overlap_param_gather: bool = False,
         bf16: bool = False,
         bucket_size: int | None = None,
         prepare: Any = None,
         tamper: Any = None,
         rows: int = 4,
+        lr: float = 1e-3,
+        adam_eps: float = 1e-8,
     ):
-        """hooks: as `place` takes it; None: megatron alone. prepare(models, grid), tamper(run): before and after parameters are placed."""
+        """hooks: as `place` takes it; None: megatron alone. prepare(models, grid), tamper(run): before and after parameters are placed.
+        overlap: of the gradients' reduction. rows: microbatches of the whole step."""
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
         from megatron.core.transformer.module import Float16Module
 
@@ -127,20 +139,26 @@ class Run:
             tamper(self)
         chunks: list[Any] = [Float16Module(self.config, chunk) for chunk in models] if bf16 else models
         self.chunks = wrap_data_parallel(
-            chunks, self.config, use_distributed_optimizer=distributed, overlap_grad_reduce=overlap, bucket_size=bucket_size
+            chunks,
+            self.config,
+            use_distributed_optimizer=distributed,
+            overlap_grad_reduce=overlap,
+            overlap_param_gather=overlap_param_gather,
+            bucket_size=bucket_size,
         )
         if hooks is not None:
             self.reduction = attach(self.chunks, self.placements, self.grid)
         self.optimizer = create_optimizer(
             self.chunks,
-            lr=1e-3,
+            lr=lr,
             weight_decay=0.01,
             adam_beta1=0.9,
             adam_beta2=0.95,
-            adam_eps=1e-8,
+            adam_eps=adam_eps,
             clip_grad=1.0,
             bf16=bf16,
             use_distributed_optimizer=distributed,
+            overlap_param_gather=overlap_param_gather,
         )
         everything = microbatches(rows, document_multiple)
         share = len(everything) // self.grid.data.size
@@ -228,12 +246,17 @@ def sweep(cases: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]) ->
     return found
 
 
-def weights_of_checkpoint(model: dict[str, Any], layout: dict[str, Any], options: dict[str, Any], folder: Path, load: Path | None) -> dict[str, Any]:
-    """Step and save, or load what another layout saved: {"path": checkpoint, "weights": full weights}, and the next loss."""
+def weights_of_checkpoint(
+    model: dict[str, Any], layout: dict[str, Any], options: dict[str, Any], folder: Path, load: Path | None, how: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Step and save, or load what another layout saved: {"path": checkpoint, "weights": full weights}, and the next loss.
+
+    how: other arguments of `Run`.
+    """
     from megalign.models.weights import stream_full
     from megalign.parallel import checkpoint, saving
 
-    run = Run(model, layout, distributed=True, options=options)
+    run = Run(model, layout, distributed=True, options=options, **(how or {}))
     if load is None:
         run.step()
         load = saving.Save(folder, 1, run.chunks, run.optimizer, {"step": 1}, run.grid).finish()
