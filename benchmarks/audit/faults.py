@@ -1,0 +1,139 @@
+"""The auditor against seeded faults, and over layouts without one: what it says, and the confusion table.
+
+    python benchmarks/audit/faults.py [--clean]
+
+--clean: also every cell of the layout matrix in FP32 and BF16, and 200 steps on four of them. Results are written as
+they come. Writes benchmarks/results/seeded_faults.json and docs/seeded-faults.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+RESULTS, PAGE = ROOT / "benchmarks/results/seeded_faults.json", ROOT / "docs/seeded-faults.md"
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/parallel")]
+
+import seeded_faults  # noqa: E402
+from layout_matrix import chunks, covering_array, short_array  # noqa: E402
+from ranks import run_ranks  # noqa: E402
+from seeded_faults import FAULTS, FIRST, LAYOUTS, SECOND, judged  # noqa: E402
+
+Results = dict[str, Any]
+AUDITOR = ("parallel/audit", "megalign/trainer/audit.py", "megalign/trainer/probing.py", "megalign/models/held.py")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clean", action="store_true", help="also the whole layout matrix without faults")
+    clean = parser.parse_args().clean
+    results: Results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"faults": {}, "clean": {}}
+    for ranks in sorted({layout[0] for layout in LAYOUTS.values()}):
+        names = [name for name, fault in FAULTS.items() if LAYOUTS[fault.layout][0] == ranks]
+        layouts = [name for name, layout in LAYOUTS.items() if layout[0] == ranks]
+        cases = [(layout, None, 3) for layout in layouts] + [(FAULTS[name].layout, name, 1) for name in names]
+        found = run_ranks(seeded_faults.audits, ranks, cases, timeout=900)[0]
+        results["clean"] |= {f"{layout}, 3 steps": len(said) for layout, said in zip(layouts, found, strict=False)}
+        for name, said in zip(names, found[len(layouts) :], strict=True):
+            verdict, cause = judged(name, said)
+            results["faults"][name] = {"verdict": verdict, "cause": cause, "first": said[0][0] if said else "-"}
+            print(f"{name}: {verdict} ({cause})", flush=True)
+        save(results)
+    if clean:
+        over_the_matrix(results)
+    results["auditor"] = subprocess.run(["git", "log", "-1", "--format=%h", "--", *AUDITOR], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    save(results)
+    PAGE.write_text(page(results))
+
+
+def over_the_matrix(results: Results) -> None:
+    for bf16 in (False, True):
+        for cells in chunks(covering_array()):
+            started = time.time()
+            found = run_ranks(seeded_faults.clean_cells, cells[0].world, cells, bf16, 2, 1, timeout=900)[0]
+            results["clean"] |= {f"{cell}, {'bf16' if bf16 else 'fp32'}, 2 steps": len(said) for cell, said in zip(cells, found, strict=True)}
+            print(f"{cells[0].world} ranks, {len(cells)} cells: {sum(map(len, found))} findings, {time.time() - started:.0f} s", flush=True)
+            save(results)
+    cells = [cell for cell in short_array() if cell.world == 4][:4]
+    found = run_ranks(seeded_faults.clean_cells, 4, cells, False, 200, 10, timeout=1500)[0]
+    results["clean"] |= {f"{cell}, fp32, 200 steps": len(said) for cell, said in zip(cells, found, strict=True)}
+    save(results)
+
+
+def save(results: Results) -> None:
+    results["machine"] = {
+        "cpu": next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), platform.machine()),
+        "torch": version("torch"),
+        "megatron-core": version("megatron-core"),
+    }
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def page(results: Results) -> str:
+    found, machine, clean = results["faults"], results["machine"], results["clean"]
+    caught = {title: sum(found[name]["verdict"] == "caught" for name in faults) for title, faults in (("first", FIRST), ("second", SECOND))}
+    alarms = sum(bool(count) for count in clean.values())
+    lines = [
+        "# Seeded faults",
+        "",
+        f"Made by `python benchmarks/audit/faults.py --clean` ({machine['cpu']}, CPU and gloo, torch {machine['torch']}, megatron-core",
+        f"{machine['megatron-core']}); the auditor is that of commit {results['auditor']}.",
+        "",
+        "Each fault is put into a training engine by code that the auditor cannot import (`tests/parallel/seeded_faults.py`). The",
+        "auditor looks as a recipe has it by default: at the start, at the first step, at every hundredth. Faults of a running",
+        "run come at step 99 and must be seen at step 100. The probe runs where a fault leaves all copies equal (marked p).",
+        "Caught means: the first finding has the right cause, and every finding that is not marked as a consequence names the",
+        "right parameter (or the global norm).",
+        "",
+        f"- first set: **{caught['first']} of {len(FIRST)}** caught, on {len({fault.layout for fault in FAULTS.values()})} layouts;",
+        f"- second set, written after the auditor was frozen (no change of it between): **{caught['second']} of {len(SECOND)}** caught;",
+        f"- without a fault: **{alarms} alarms** in {len(clean)} runs.",
+        "",
+        "## Confusion table",
+        "",
+        *confusion(found),
+        "",
+        "At its first attempt the second set had 12 faults, of which 10 were caught as expected, and nothing of the auditor was",
+        "changed after. One (megatron's rule for per-head norms switched off) was no fault: under sequence parallelism those norms",
+        "carry a flag as well; it was taken out. Of one (router silent on one data rank) only the router had been expected,",
+        "but all parameters before it lack a part too, and were named. A weight that is changed between two looks under the",
+        "distributed optimizer is overwritten by the next gathering, and leaves nothing to see.",
+        "",
+        "REFUSED: the probe places the parameters of its copy of the model again, and flags that contradict each other stop it",
+        "there, by name.",
+        "",
+    ]
+    for title, faults in (("First set", FIRST), ("Second set", SECOND)):
+        lines += [f"## {title}", "", "| fault | layout | verdict | cause found | first parameter named |", "|---|---|---|---|---|"]
+        lines += [
+            f"| {name}{' (p)' if fault.probe else ''} | {fault.layout} | {found[name]['verdict']} | {found[name]['cause']} | {found[name]['first']} |"
+            for name, fault in faults.items()
+        ]
+        lines.append("")
+    lines += ["## Without a fault", "", f"{len(clean)} runs: {', '.join(sorted({name.rsplit(', ', 1)[1] for name in clean}))} each, in FP32 and BF16.", ""]
+    lines += [f"- {name}: {count} findings" for name, count in clean.items() if count] or ["No finding in any of them."]
+    return "\n".join(lines) + "\n"
+
+
+def confusion(found: Results) -> list[str]:
+    """Rows: the cause that was put in; columns: the cause that was found."""
+    rows = sorted({fault.cause for fault in FAULTS.values()})
+    columns = sorted({found[name]["cause"] for name in FAULTS})
+    counts = {(row, column): 0 for row in rows for column in columns}
+    for name, fault in FAULTS.items():
+        counts[fault.cause, found[name]["cause"]] += 1
+    lines = ["| put in \\ found | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines += [f"| {row.replace('|', ' or ')} | " + " | ".join(str(counts[row, column] or "") for column in columns) + " |" for row in rows]
+    return lines
+
+
+if __name__ == "__main__":
+    main()
