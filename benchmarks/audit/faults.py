@@ -84,7 +84,7 @@ def page(results: Results) -> str:
     lines = [
         "# Seeded faults",
         "",
-        f"Made by `python benchmarks/audit/faults.py --clean` ({machine['cpu']}, CPU and gloo, torch {machine['torch']}, megatron-core",
+        f"Made by `python benchmarks/audit/faults.py{' --clean' if len(clean) > len(LAYOUTS) else ''}` ({machine['cpu']}, CPU and gloo, torch {machine['torch']}, megatron-core",
         f"{machine['megatron-core']}); the auditor is that of commit {results['auditor']}.",
         "",
         "Each fault is put into a training engine by code that the auditor cannot import (`tests/parallel/seeded_faults.py`). The",
@@ -94,7 +94,7 @@ def page(results: Results) -> str:
         "right parameter (or the global norm).",
         "",
         f"- first set: **{caught['first']} of {len(FIRST)}** caught, on {len({fault.layout for fault in FAULTS.values()})} layouts;",
-        f"- second set, written after the auditor was frozen (no change of it between): **{caught['second']} of {len(SECOND)}** caught;",
+        f"- second set, written after the auditor had landed (09214b0; since then one change, the device on which values are compared): **{caught['second']} of {len(SECOND)}** caught;",
         f"- without a fault: **{alarms} alarms** in {len(clean)} runs.",
         "",
         "## Confusion table",
@@ -102,7 +102,7 @@ def page(results: Results) -> str:
         *confusion(found),
         "",
         "At its first attempt the second set had 12 faults, of which 10 were caught as expected, and nothing of the auditor was",
-        "changed after. One (megatron's rule for per-head norms switched off) was no fault: under sequence parallelism those norms",
+        "changed for them. One (megatron's rule for per-head norms switched off) was no fault: under sequence parallelism those norms",
         "carry a flag as well; it was taken out. Of one (router silent on one data rank) only the router had been expected,",
         "but all parameters before it lack a part too, and were named. A weight that is changed between two looks under the",
         "distributed optimizer is overwritten by the next gathering, and leaves nothing to see.",
@@ -118,7 +118,7 @@ def page(results: Results) -> str:
             for name, fault in faults.items()
         ]
         lines.append("")
-    lines += ["## Without a fault", "", f"{len(clean)} runs: {', '.join(sorted({name.rsplit(', ', 1)[1] for name in clean}))} each, in FP32 and BF16.", ""]
+    lines += ["## Without a fault", "", f"{len(clean)} runs, of {', '.join(sorted({name.rsplit(', ', 1)[1] for name in clean}))}, in FP32 and BF16.", ""]
     lines += [f"- {name}: {count} findings" for name, count in clean.items() if count] or ["No finding in any of them."]
     return "\n".join(lines) + "\n"
 

@@ -314,7 +314,7 @@ FIRST: dict[str, Fault] = {
 }  # fmt: skip
 
 
-# The second set: written after the auditor was frozen, its verdicts reported as they came out.
+# The second set: written after the auditor had landed, its verdicts reported as they came out.
 
 
 def embedding_reduction_gone() -> None:
