@@ -40,6 +40,7 @@ TUNED = ("matmul", "wgrad")  # groups differ in every step: they take the config
 
 _forced: str | None = None
 _rows: dict[tuple[str, int | None], dict[str, tuning.Row]] = {}
+_taken: dict[tuple[Any, ...], Callable[..., Tensor]] = {}  # a choice looks at machine, environment and table; a step may not
 
 
 def use(backend: str | None) -> None:
@@ -118,8 +119,12 @@ def choose(operation: Operation, m: int, n: int, k: int, device: torch.device, d
         return Choice("reference", 0, "device")
     if operation in TUNED:
         row = measured(operation, m, n, k, device, dtype)
-        if row:
-            return _parse(row.chosen, "measured")
+        # The row is that of M rounded up; what a rung can take depends on M itself.
+        for name in sorted(row.seconds, key=row.seconds.__getitem__) if row else []:
+            if lacks(name.partition(":")[0], operation, m, n, k) is None:
+                return _parse(name, "measured")
+        if row and not row.seconds:
+            return Choice("reference", 0, "measured")
     return Choice("triton", 0, "default")
 
 
@@ -134,7 +139,8 @@ def measured(operation: Operation, m: int, n: int, k: int, device: torch.device,
     if place not in _rows:
         _rows[place] = tuning.load(tuning.table_path(device), device)
     name = key(operation, m, n, k, dtype)
-    if name not in _rows[place]:
+    row = _rows[place].get(name)
+    if row is None or not row.seconds.keys() <= known(device):  # new, or of another version
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if os.environ.get("MEGALIGN_FP8_TUNE") == "0" or capturing or torch.compiler.is_compiling():
             return None
@@ -150,6 +156,13 @@ def candidates(operation: Operation, m: int, n: int, k: int, device: torch.devic
         if why_not(backend, device) is None and lacks(backend, operation, m, n, k) is None:
             found |= {f"{backend}:{i}": run for i, run in enumerate(_configured(backend, operation))}
     return found
+
+
+@functools.cache
+def known(device: torch.device) -> frozenset[str]:
+    """The names that rows of this machine may hold."""
+    pairs = ((b, o) for b in LADDER if why_not(b, device) is None for o in OPERATIONS if b != "gluon" or o == "matmul")
+    return frozenset(f"{b}:{i}" for b, o in pairs if b != "scaled_mm" or o in TUNED for i in range(len(_configured(b, o))))
 
 
 @functools.cache
@@ -199,7 +212,11 @@ def precision(m: int, n: int, k: int, device: torch.device) -> Literal["fp8", "b
 
 
 def _quantiser(device: torch.device) -> Any:
-    wanted = forced()
+    return _quantiser_of(device, forced(), os.environ.get("TRITON_INTERPRET"))
+
+
+@functools.cache
+def _quantiser_of(device: torch.device, wanted: str | None, _interpreted: str | None) -> Any:
     if wanted and why_not(wanted, device):
         raise Fp8Error(f"fp8 backend {wanted} is forced, but {why_not(wanted, device)}; force another or none")
     if wanted == "reference" or why_not("triton", device) or (device.type != "cuda" and wanted is None):
@@ -257,5 +274,11 @@ def grouped_wgrad(
 
 
 def _take(operation: Operation, m: int, n: int, k: int, device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
-    choice = choose(operation, m, n, k, device, dtype)
-    return _configured(choice.backend, operation)[choice.config]
+    asked = (operation, m, n, k, device, dtype, forced())
+    run = _taken.get(asked)
+    if run is None:
+        choice = choose(operation, m, n, k, device, dtype)
+        run = _configured(choice.backend, operation)[choice.config]
+        if choice.source != "default" or operation not in TUNED:  # a default may be measured later
+            _taken[asked] = run
+    return run

@@ -26,6 +26,8 @@ def nothing_forced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[
     monkeypatch.delenv("MEGALIGN_FP8_BACKEND", raising=False)
     monkeypatch.setenv("MEGALIGN_FP8_TABLE", str(tmp_path / "table.json"))
     monkeypatch.setattr(backends, "_rows", {})
+    monkeypatch.setattr(backends, "_taken", {})
+    backends.known.cache_clear()
     yield
     backends.use(None)
 
@@ -204,14 +206,15 @@ def test_a_measured_shape_is_remembered(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
     def tune(*arguments: Any) -> tuning.Row:
         calls.append(arguments)
-        return tuning.Row("triton:2", {"triton:2": 1e-4}, {"scaled_mm:0": "wrong"})
+        return tuning.Row("scaled_mm:0", {"triton:2": 1e-4, "scaled_mm:0": 9e-5, "triton:1": 2e-4}, {"gluon:0": "wrong"})
 
     monkeypatch.setattr(backends, "tune", tune)
-    assert backends.choose("matmul", 5000, 4096, 7168, hopper) == backends.Choice("triton", 2, "measured")
-    assert backends.choose("matmul", 8192, 4096, 7168, hopper).config == 2  # 5000 and 8192 share a row
+    assert backends.choose("matmul", 5000, 4096, 7168, hopper) == backends.Choice("scaled_mm", 0, "measured")
+    assert backends.choose("matmul", 8192, 4096, 7168, hopper).backend == "scaled_mm"  # 5000 and 8192 share a row
+    assert backends.choose("matmul", 8190, 4096, 7168, hopper) == backends.Choice("triton", 2, "measured")  # which scaled_mm cannot take
     assert [call[1] for call in calls] == [8192]
     backends._rows.clear()  # a new process reads the file
-    assert backends.choose("matmul", 8192, 4096, 7168, hopper).config == 2 and len(calls) == 1
+    assert backends.choose("matmul", 8192, 4096, 7168, hopper).backend == "scaled_mm" and len(calls) == 1
     table = json.loads((tmp_path / "table.json").read_text())
     assert table["machine"]["device"] == "NVIDIA H200" and list(table["rows"]) == ["matmul 8192 4096 7168 bfloat16"]
     for damage in ("", "{", '{"format": 0}', json.dumps({**table, "machine": {**table["machine"], "torch": "1.0"}})):
@@ -220,7 +223,23 @@ def test_a_measured_shape_is_remembered(monkeypatch: pytest.MonkeyPatch, tmp_pat
         before = len(calls)
         backends.choose("matmul", 8192, 4096, 7168, hopper)
         assert len(calls) == before + 1
+    tuning.save(tmp_path / "table.json", hopper, {"matmul 8192 4096 7168 bfloat16": tuning.Row("triton:17", {"triton:17": 1.0})})
+    backends._rows.clear()  # a row of another version is measured again
+    assert backends.choose("matmul", 8192, 4096, 7168, hopper).backend == "scaled_mm"
     assert backends.choose("grouped_matmul", 8192, 4096, 7168, hopper) == backends.Choice("triton", 0, "default")
+
+
+def test_no_candidate_is_right(monkeypatch: pytest.MonkeyPatch):
+    hopper = Hopper(monkeypatch).device
+    monkeypatch.setattr(backends, "tune", lambda *a: tuning.Row("reference", {}, {"triton:0": "wrong"}))
+    assert backends.choose("matmul", 8192, 4096, 4096, hopper) == backends.Choice("reference", 0, "measured")
+
+
+def test_a_choice_is_made_once(monkeypatch: pytest.MonkeyPatch):
+    rows, blocks = reference.quantise_rows(torch.randn(4, 128)), reference.quantise_blocks(torch.randn(4, 128))
+    backends.matmul(rows, blocks)
+    monkeypatch.setattr(backends, "choose", lambda *a: pytest.fail("chosen again"))
+    backends.matmul(rows, blocks)
 
 
 def test_nothing_is_measured_where_it_may_not(monkeypatch: pytest.MonkeyPatch):
@@ -249,10 +268,10 @@ def test_the_overview_names_machine_rungs_and_choices(monkeypatch: pytest.Monkey
     assert "forced: none" in text and "gluon       it needs CUDA, the device is cpu" in text
     assert text.splitlines()[-1].split() == "8192 x 4096 x 7168 fp8 reference reference reference device".split()
     hopper = Hopper(monkeypatch).device
-    monkeypatch.setattr(backends, "tune", lambda operation, *a: tuning.Row("scaled_mm:0" if operation == "matmul" else "triton:1"))
-    text = "\n".join(overview.overview([(512, 128, 128)], hopper))
+    monkeypatch.setattr(backends, "tune", lambda operation, *a: tuning.Row("", {"scaled_mm:0" if operation == "matmul" else "triton:1": 1.0}))
+    text = "\n".join(overview.overview([(512, 512, 512)], hopper))
     assert "NVIDIA H200" in text and "table.json" in text
-    assert text.splitlines()[-1].split() == "512 x 128 x 128 bf16 scaled_mm scaled_mm triton:1 measured".split()
+    assert text.splitlines()[-1].split() == "512 x 512 x 512 bf16 scaled_mm scaled_mm triton:1 measured".split()
 
 
 def test_the_command():
