@@ -94,7 +94,8 @@ class _Linear(torch.autograd.Function):
         dx = dw = None
         if ctx.needs_input_grad[1]:
             dy_rows, dy_t = fp8.quantise_rows_both(dy)
-            x_t = Fp8Tensor(*ctx.saved_tensors, ctx.tokens, "rows")
+            data, scale = ctx.saved_tensors
+            x_t = Fp8Tensor(data, scale, ctx.tokens, "rows")
             dw = fp8.wgrad(dy_t, x_t, dtype=ctx.dtypes[1]) if layout is None else fp8.grouped_wgrad(dy_t, x_t, layout, dtype=ctx.dtypes[1])
         else:
             dy_rows = fp8.quantise_rows(dy)

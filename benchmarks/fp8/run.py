@@ -152,7 +152,11 @@ def time_kernels(device: torch.device, timer: Timer, shapes: list[tuple[Any, ...
         add(f"SwiGLU backward + quantise, {size}", lambda x=x, da=da: kernels.swiglu_quantise_backward(x, da), 5 * m * k)
         (rows, x_t), (_, dy_t), blocks = backends.quantise_rows_both(x), backends.quantise_rows_both(dy), backends.quantise_blocks(w)
         flops = 2 * m * n * k
-        for operation, operands, dtype, moved in (("matmul", (rows, blocks), BF16, m * k + n * k + 2 * m * n), ("wgrad", (dy_t, x_t), torch.float32, m * k + m * n + 4 * n * k)):
+        matmuls: list[tuple[Any, ...]] = [
+            ("matmul", (rows, blocks), BF16, m * k + n * k + 2 * m * n),
+            ("wgrad", (dy_t, x_t), torch.float32, m * k + m * n + 4 * n * k),
+        ]
+        for operation, operands, dtype, moved in matmuls:
             ways = backends.candidates(operation, m, n, k, device) or {"reference": getattr(reference, operation)}
             for way, run in ways.items():
                 add(f"{operation} {way}, {size}", lambda run=run, operands=operands, dtype=dtype: run(*operands, dtype=dtype), moved, flops)

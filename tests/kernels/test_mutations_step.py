@@ -31,7 +31,7 @@ def step(module: ModuleType, fp8: bool) -> None:
             Fp8Weight.of(p)
         optimizer = MixedPrecisionAdamW([("w", p)], lr=1e-2, weight_decay=0.1)
         if update is not None:
-            optimizer._backend = lambda _, update=update: update
+            optimizer._backend = lambda parameter, update=update: update
         for number in range(2):
             p.grad = torch.randn(140, 150, generator=torch.Generator().manual_seed(number)).to(BF16)
             optimizer.step(gradient_scale=0.3)
