@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 
 from megalign.parallel.grid import Grid
-from megalign.parallel.optimizer import create_states
+from megalign.parallel.optimizer import choose_kernel, create_states
 from megalign.parallel.shadow import Shadow, requested_average, sharded_average
 
 FORMAT = "megalign-checkpoint-2"
@@ -195,6 +195,7 @@ def load(
         _unwrap(chunk).load_state_dict(state[f"model{i}"])
     if optimizer is not None:
         optimizer.load_state_dict(state["optimizer"])
+        choose_kernel(optimizer)
     if shadow is not None and not has_average:
         shadow.restart()
     for part in (part for part in names if part in state):

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megalign.kernels.elementwise import rotate
+
 CPU = torch.device("cpu")
 
 
@@ -221,3 +223,32 @@ def uneven_collectives() -> None:
         return parts.view(world, mine, *x.shape[1:]).sum(0)
 
     mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather, reduce_scatter
+
+
+def rotary_copies() -> None:
+    from megatron.core.models.common.embeddings import rope_utils
+
+    upstream = rope_utils._apply_rotary_pos_emb_bshd
+
+    def apply(
+        t: torch.Tensor, freqs: torch.Tensor, rotary_interleaved: bool = False, multi_latent_attention: bool = False, mscale: float = 1.0
+    ) -> torch.Tensor:
+        if rotary_interleaved or multi_latent_attention or freqs.shape[-1] != t.shape[-1]:
+            return upstream(t, freqs, rotary_interleaved, multi_latent_attention, mscale)
+        half = freqs[..., : freqs.shape[-1] // 2]  # the other half is the same
+        return rotate(t, (half.cos() * mscale).to(t.dtype), (half.sin() * mscale).to(t.dtype))
+
+    rope_utils._apply_rotary_pos_emb_bshd = apply
+
+
+def lone_reduction() -> None:
+    from megatron.core.distributed import param_and_grad_buffer
+
+    upstream = param_and_grad_buffer.dist_reduce_scatter_func
+
+    def reduce_scatter(output: torch.Tensor, input: torch.Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> Any:
+        if not async_op and dist.get_world_size(group) == 1 and output.data_ptr() == input.data_ptr():
+            return None
+        return upstream(output, input, op=op, group=group, async_op=async_op)
+
+    param_and_grad_buffer.dist_reduce_scatter_func = reduce_scatter

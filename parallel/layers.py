@@ -28,6 +28,7 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
+from megalign.kernels.elementwise import rms_norm, swiglu
 from megalign.parallel.attention import SdpaCoreAttention
 from megalign.parallel.experts import experts_spec
 
@@ -44,7 +45,9 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # pyright: ignore[reportAttributeAccessIssue]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        if x.is_cuda:  # one kernel there, six operations on a CPU
+            return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class LayerNorm(torch.nn.LayerNorm):
@@ -57,6 +60,16 @@ class LayerNorm(torch.nn.LayerNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class SwiGLU:
+    """The activation of a gated MLP. megatron builds it where `config.use_te_activation_func` is set, whoever wrote it."""
+
+    def __init__(self, config: TransformerConfig):
+        pass
+
+    def __call__(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return swiglu(gate_up)
 
 
 def norm_of(config: TransformerConfig) -> type[RMSNorm] | type[LayerNorm]:
@@ -168,7 +181,7 @@ def sum_rotary_key_gradients(model: torch.nn.Module, config: TransformerConfig, 
 
 def mlp_spec(config: TransformerConfig, *, experts: bool) -> ModuleSpec:
     """A dense MLP, or a router with experts and, if configured, the shared expert."""
-    linear = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    linear = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear, activation_func=SwiGLU)
     if not experts:
         return ModuleSpec(module=MLP, submodules=linear)
     routed = experts_spec(config.moe_grouped_gemm)

@@ -72,6 +72,7 @@ def create_optimizer(
         **adam,
     )
     optimizer = get_megatron_optimizer(config, list(chunks))
+    choose_kernel(optimizer)
     if cpu_offload:
         from megalign.parallel.offload import offload
 
@@ -82,6 +83,15 @@ def create_optimizer(
 def parts_of(optimizer: Any) -> list[Any]:
     """Megatron's optimizers of which this one is made: one, or with experts one for them and one for the rest."""
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def choose_kernel(optimizer: Any) -> None:
+    """Have AdamW take one pass over a parameter and its moments on a CPU, instead of eight; torch's choice on CUDA.
+
+    To be called again after a checkpoint is loaded: the choice is saved with the parameter groups.
+    """
+    for group in optimizer.param_groups:
+        group["fused"] = None if torch.cuda.is_available() else True
 
 
 def create_states(optimizer: Any) -> None:

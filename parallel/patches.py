@@ -103,6 +103,22 @@ PATCHES = (
         cpu.uneven_collectives,
     ),
     Patch(
+        "rotary-copies",
+        "models/common/embeddings/rope_utils.py",
+        126,
+        "torch.cat((t, t_pass), dim=-1)",
+        "four copies of queries and keys each way, for a half turned by cat and a rest that is empty",
+        cpu.rotary_copies,
+    ),
+    Patch(
+        "lone-reduction",
+        "distributed/param_and_grad_buffer.py",
+        443,
+        "grad_reduce_handle = dist_reduce_scatter_func(",
+        "gloo copies the whole gradient buffer twice where a group has one rank and nothing is to be added",
+        cpu.lone_reduction,
+    ),
+    Patch(
         "te-gemm-name",
         "transformer/moe/moe_utils.py",
         1192,

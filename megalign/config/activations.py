@@ -52,35 +52,32 @@ def has_experts(model: ModelConfig, number: int) -> bool:
 def layer_tensors(recipe: Recipe, layout: Layout, number: int, device: str = "cuda") -> list[Kept]:
     """What layer `number` (from 0) keeps when nothing is recomputed.
 
-    device: on "cpu" torch's RMSNorm is made of simple operations, which keep the normed input too, and in FP32;
-    on "cuda" it is one kernel that keeps its input and a number a row (LayerNorm is one everywhere). On "cpu" latent
-    attention, whose keys and values differ in size, has no fused kernel: it keeps FP32 operands and S scores a head and
+    A norm keeps its input and a number a row. device: on "cpu" latent attention, whose keys and values differ in size, has no fused kernel: it keeps FP32 operands and S scores a head and
     token, S being the sequence length (less where documents are shorter).
     """
     model, tp, width = recipe.model, layout.tp, width_of(recipe)
     full = layout.tp if recipe.parallel.sequence_parallel else 1  # what full-width tensors are cut by
     hidden = model.hidden_size
     tensors = [
-        *_norm(model, "input_layernorm", hidden / full, width, device),
+        *_norm("input_layernorm", hidden / full, width),
         *_attention(recipe, layout, device),
-        *_norm(model, "pre_mlp_layernorm", hidden / full, width, device),
+        *_norm("pre_mlp_layernorm", hidden / full, width),
     ]
     if not has_experts(model, number):
-        # Gated: [gate, up], silu(gate), and their product twice, as it left the multiplication and as fc2's input.
-        copies = 5 if getattr(model, "gated_linear_unit", True) else 2
+        # SwiGLU: [gate, up], and their product as fc2's input (kernels/elementwise.py). Another gate is left to
+        # autograd, which keeps the activated gate and the other factor too.
+        copies = 3 if _swiglu(model) else 5 if getattr(model, "gated_linear_unit", True) else 2
         return [*tensors, Kept("mlp", "mlp", copies * width * model.ffn_hidden_size / tp)]
     return [*tensors, *_experts(model, layout, full, width)]
 
 
-def _inside(model: ModelConfig, width: int, device: str) -> int:
-    """Bytes an element that a norm keeps besides its output: its input, on the CPU the normed input too, in FP32."""
-    fused = device == "cuda" or getattr(model, "normalization", "RMSNorm") == "LayerNorm"
-    return width if fused else 2 * FP32
+def _swiglu(model: ModelConfig) -> bool:
+    return model.gated_linear_unit and model.activation_func == "silu"
 
 
-def _norm(model: ModelConfig, name: str, size: float, width: int, device: str, part: str = "layernorm") -> list[Kept]:
-    """What is inside, a number a row, and the output (kept as the next matmul's input)."""
-    return [Kept(f"{name} inside", part, _inside(model, width, device) * size + FP32), Kept(f"{name} output", part, width * size)]
+def _norm(name: str, size: float, width: int, part: str = "layernorm") -> list[Kept]:
+    """The input, a number a row, and the output (kept as the next matmul's input)."""
+    return [Kept(f"{name} input", part, width * size + FP32), Kept(f"{name} output", part, width * size)]
 
 
 def _attention(recipe: Recipe, layout: Layout, device: str) -> list[Kept]:
@@ -100,39 +97,39 @@ def _attention(recipe: Recipe, layout: Layout, device: str) -> list[Kept]:
     ]
     if latent:
         rotary = getattr(model, "qk_pos_emb_head_dim", 0)
-        tensors += _norm(model, "queries' latent", getattr(model, "q_lora_rank", None) or 0, width, device, "")
-        tensors += _norm(model, "keys' and values' latent", getattr(model, "kv_lora_rank", 0), width, device, "")
+        tensors += _norm("queries' latent", getattr(model, "q_lora_rank", None) or 0, width, "")
+        tensors += _norm("keys' and values' latent", getattr(model, "kv_lora_rank", 0), width, "")
     elif model.qk_layernorm:
-        tensors.append(Kept("query and key norms", "", (heads + groups) * (key * _inside(model, width, device) + FP32)))
-    if model.position_embedding_type == "rope":
-        tensors.append(Kept("rotary cos and sin", "", 4 * width * rotary))
+        tensors.append(Kept("query and key norms", "", (heads + groups) * (key * width + FP32)))
+    if model.position_embedding_type == "rope":  # of half the angles, unless upstream turns the heads
+        tensors.append(Kept("rotary cos and sin", "", (4 if latent else 2) * width * rotary))
     return tensors
 
 
 def _experts(model: ModelConfig, layout: Layout, full: int, width: int) -> list[Kept]:
-    """A choice brings its token, permuted (and gathered over etp), and [gate, up], silu, product, weighted product
+    """A choice brings its token, permuted (and gathered over etp), and [gate, up], their product and the weighted product
     of a slice of the width; balanced routing."""
     size = model.moe_ffn_hidden_size or model.ffn_hidden_size
     choices, experts = model.moe_router_topk / full, model.num_moe_experts or 0
     tensors = [
         Kept("permuted tokens", "moe", choices * layout.etp * width * model.hidden_size),
-        Kept("experts", "moe", choices * 6 * width * size),
+        Kept("experts", "moe", choices * (4 if _swiglu(model) else 6) * width * size),
         Kept("router", "moe", (4 * FP32 * experts + model.moe_router_topk * 16) / full),
     ]
     if model.moe_shared_expert_intermediate_size:
-        shared = 5 * width * model.moe_shared_expert_intermediate_size / layout.tp
+        shared = (3 if _swiglu(model) else 5) * width * model.moe_shared_expert_intermediate_size / layout.tp
         tensors.append(Kept("shared expert", "shared_experts", shared))
     return tensors
 
 
-def prediction_bytes(recipe: Recipe, layout: Layout, device: str = "cuda", *, recomputed: bool = False) -> float:
+def prediction_bytes(recipe: Recipe, layout: Layout, *, recomputed: bool = False) -> float:
     """Bytes a token that a prediction module keeps besides its layer and its head: two norms, their outputs side by side.
 
     recomputed: as a whole; then it keeps the embedding ahead, beside the layer's own boundary.
     """
     model, width = recipe.model, width_of(recipe)
     full = layout.tp if recipe.parallel.sequence_parallel else 1
-    inside = 2 * (_inside(model, width, device) * model.hidden_size / full + FP32)
+    inside = 2 * (width * model.hidden_size / full + FP32)
     if recomputed:
         return width * model.hidden_size / full
     return inside + 2 * width * model.hidden_size / full
@@ -154,7 +151,7 @@ def kept_bytes(recipe: Recipe, layout: Layout, number: int, modules: frozenset[s
     return kept
 
 
-def head_bytes(recipe: Recipe, layout: Layout, rows: int, tokens: int, scored: float, device: str = "cuda") -> int:
+def head_bytes(recipe: Recipe, layout: Layout, rows: int, tokens: int, scored: float) -> int:
     """The end of the last stage: the final norm, the scored positions, and their logits.
 
     scored: share of the tokens that are scored. Logits stay in FP32 until backward up to 2^26 of them; beyond that
@@ -163,7 +160,7 @@ def head_bytes(recipe: Recipe, layout: Layout, rows: int, tokens: int, scored: f
     width, hidden = width_of(recipe), recipe.model.hidden_size
     full = layout.tp if recipe.parallel.sequence_parallel else 1
     count = int(tokens * scored)
-    norm = tokens * hidden / full * _inside(recipe.model, width, device)
+    norm = tokens * hidden / full * width
     logits = count * rows // layout.tp
     if logits > HEAD_KEPT:
         chunk = min(count, HEAD_CHUNK, max(64, HEAD_KEPT * layout.tp // rows))

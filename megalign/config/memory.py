@@ -217,12 +217,12 @@ def peak_activations(
         less = {experts: kept_bytes(recipe, layout, _example(model, experts), modules, device) for experts in whole}
         one = sum(less[has_experts(model, number)] for number in numbers)
         again = max((whole[experts] - less[experts] for experts in whole), default=0.0)
-    head = head_bytes(recipe, layout, rows, tokens, scored, device) if stage == layout.pp - 1 else 0
+    head = head_bytes(recipe, layout, rows, tokens, scored) if stage == layout.pp - 1 else 0
     modules = len(prediction_numbers(recipe, layout, stage))
     uniform = train.recompute_granularity == "full" and train.recompute_method == "uniform"
-    one += modules * prediction_bytes(recipe, layout, device, recomputed=uniform)
+    one += modules * prediction_bytes(recipe, layout, recomputed=uniform)
     if modules:  # the last module is computed again while the heads before its own still hold their logits
-        last = full[-1] + prediction_bytes(recipe, layout, device) if uniform else again
+        last = full[-1] + prediction_bytes(recipe, layout) if uniform else again
         head = max((1 + modules) * head, modules * head + int(tokens * last) * (again > 0))
     return int(tokens * flying * one + max(tokens * again, head))
 

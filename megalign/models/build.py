@@ -55,6 +55,8 @@ def transformer_config(
         qk_layernorm=model.qk_layernorm,
         gated_linear_unit=model.gated_linear_unit,
         activation_func=ACTIVATIONS[model.activation_func],
+        # That of our layer spec (`megalign.parallel.layers.SwiGLU`), which needs no Transformer Engine.
+        use_te_activation_func=model.gated_linear_unit and model.activation_func == "silu" and model.transformer_impl == "local",
         add_bias_linear=model.add_bias_linear,
         add_qkv_bias=model.add_qkv_bias,
         init_method_std=model.init_method_std,

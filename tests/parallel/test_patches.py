@@ -55,6 +55,8 @@ ELSEWHERE = {
     "no-compile",  # below
     "reduce-strided",
     "bucket-padding",  # tests/parallel/test_layouts.py
+    "rotary-copies",  # tests/parallel/test_copies.py
+    "lone-reduction",
     "padded-z-loss",  # tests/models/test_moe.py
     "empty-aux-loss",
     "padded-expert-bias",  # tests/models/test_expert_bias.py
