@@ -24,6 +24,8 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
+from megalign.kernels.elementwise import swiglu
+
 # torch 2.10 made it public; 2.9 has the private one.
 grouped_mm: Any = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 
@@ -48,7 +50,9 @@ class GroupedExperts(SequentialMLP):
         experts: Any = self.local_experts
         ends = torch.as_tensor(tokens_per_expert, device=x.device).cumsum(0).to(torch.int32)
         inner = _GroupedLinear.apply(x, ends, *(expert.linear_fc1() for expert in experts))
-        if config.gated_linear_unit:
+        if config.gated_linear_unit and config.activation_func is F.silu:
+            inner = swiglu(inner)
+        elif config.gated_linear_unit:
             gate, up = inner.chunk(2, dim=-1)
             inner = config.activation_func(gate) * up
         else:
