@@ -86,11 +86,11 @@ class _GroupedLinear(torch.autograd.Function):
         return grad_x, None, *grads_EFD.masked_fill_(empty[:, None, None], 0.0).unbind()
 
 
-def experts_spec(grouped: bool) -> ModuleSpec:
-    """Experts of both kinds; their parameters have the same names, shapes and attributes."""
+def experts_spec(grouped: bool, one: MLPSubmodules) -> ModuleSpec:
+    """Experts of both kinds; their parameters have the same names, shapes and attributes. one: the parts of an expert alone."""
     if grouped:
         return ModuleSpec(module=GroupedExperts, submodules=MLPSubmodules(linear_fc1=_ColumnWeight, linear_fc2=_RowWeight))
-    return ModuleSpec(module=SequentialMLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
+    return ModuleSpec(module=SequentialMLP, submodules=one)
 
 
 def use_grouped(wanted: bool | None, device: str, dtype: torch.dtype, hidden_size: int, width: int) -> bool:

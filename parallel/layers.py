@@ -184,6 +184,6 @@ def mlp_spec(config: TransformerConfig, *, experts: bool) -> ModuleSpec:
     linear = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear, activation_func=SwiGLU)
     if not experts:
         return ModuleSpec(module=MLP, submodules=linear)
-    routed = experts_spec(config.moe_grouped_gemm)
+    routed = experts_spec(config.moe_grouped_gemm, linear)
     shared = ModuleSpec(module=SharedExpertMLP, submodules=linear)
     return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=routed, shared_experts=shared))

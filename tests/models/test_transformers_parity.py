@@ -97,9 +97,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def transformers_step(name: str, documents: list[torch.Tensor], gradient_folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [T, V], log-probabilities of each document's next tokens [N], and the gradients of their sum, saved
-    by transformers as if they were weights. In float64, so that a difference is ours: in FP32 the two roundings of a
-    nearly cancelling gradient (queries before a softmax) add up to more than either."""
-    model = random_model(name).double()
+    by transformers as if they were weights. Dense models in float64, so that a difference is ours: in FP32 the two
+    roundings of a nearly cancelling gradient (queries before a softmax) add up to more than either. transformers'
+    experts mix FP32 into float64 and raise, so they stay in FP32."""
+    model = random_model(name)
+    if not any(getattr(model.config, key, None) for key in ("num_local_experts", "num_experts", "n_routed_experts")):
+        model = model.double()
     logits = [model(document[None]).logits[0] for document in documents]
     logprobs = [row[:-1].log_softmax(-1).gather(-1, tokens[1:, None])[:, 0] for row, tokens in zip(logits, documents)]
     torch.cat(logprobs).sum().backward()
