@@ -61,7 +61,8 @@ def states(held: Sequence[Held], optimizer: Any) -> Iterator[Entry]:
     """FP32 masters and Adam's moments; of the distributed optimizer the part that this rank keeps."""
     for h, main, start, stop, part, _ in _mains(held, optimizer):
         if main is not h.tensor:
-            yield Entry("master", h, main.detach(), start, stop)
+            hosts = getattr(part.optimizer, "hosts", {})  # of an offloaded optimizer, whose masters have no storage on the device
+            yield Entry("master", h, hosts.get(id(main), main).detach(), start, stop)
         state = part.optimizer.state.get(main, {})
         for kind in ("exp_avg", "exp_avg_sq"):
             if kind in state:
