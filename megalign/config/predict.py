@@ -6,7 +6,7 @@ A microbatch costs its matmuls over the peak, five passes over the tensors that 
 forward, read backward, its gradient written and read) and three over weights, two over FP32 gradients, over the
 memory's bandwidth, its collectives over their wires, and on a CPU its operations at what each costs besides arithmetic.
 Nothing is assumed to overlap, no latency is counted, attention and small matmuls are taken to reach the peak: a lower
-bound. docs/plan-cost.md has it beside measured steps.
+bound. `benchmarks/plan/run.py` draws it beside measured steps.
 
 # T tokens of a microbatch on a rank, D hidden size, H heads, K and V sizes of key and value, S positions
 """
