@@ -91,7 +91,8 @@ def worker(rounds: int, ranks: int) -> None:
         return time.perf_counter() - began
 
     for number in range(2, 4):  # the first step of each learns; neither is timed
-        step(finalisation, number), step(hooks, number)
+        step(finalisation, number)
+        step(hooks, number)
     before = hooks.reduction.bytes
     pairs = [(step(finalisation, n), step(hooks, n)) for n in range(4, 4 + rounds)]
     sent = (hooks.reduction.bytes - before) / rounds

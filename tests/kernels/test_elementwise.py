@@ -75,5 +75,6 @@ def test_only_the_inputs_are_kept():
 
     x, weight = torch.randn(9, 8, requires_grad=True), torch.ones(8, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
-        swiglu(x), rms_norm(x, weight, EPS)
+        swiglu(x)
+        rms_norm(x, weight, EPS)
     assert [tuple(tensor.shape) for tensor in kept] == [(9, 8), (9, 8), (8,), (9, 1)]

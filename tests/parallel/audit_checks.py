@@ -89,7 +89,8 @@ def _break(run: Run, fault: str | None) -> None:
     elif fault == "late":
         run.models[0].register_parameter("late", torch.nn.Parameter(torch.ones(3)))
     elif fault == "bias":
-        next(m for m in run.models[0].modules() if getattr(m, "expert_bias", None) is not None).expert_bias[0] += 0.01
+        router: Any = next(m for m in run.models[0].modules() if getattr(m, "expert_bias", None) is not None)
+        router.expert_bias[0] += 0.01
 
 
 def _held(run: Run) -> Any:
