@@ -1,9 +1,9 @@
 """The auditor against seeded faults, and over layouts without one: what it says, and the confusion table.
 
-    python benchmarks/audit/faults.py [--clean]
+    python benchmarks/audit/faults.py [--clean] [--fresh]
 
 --clean: also every cell of the layout matrix in FP32 and BF16, and 200 steps on four of them. Results are written as
-they come. Writes benchmarks/results/seeded_faults.json and docs/seeded-faults.md.
+they come, and what has one is not run again unless --fresh. Writes benchmarks/results/seeded_faults.json and docs/seeded-faults.md.
 """
 
 from __future__ import annotations
@@ -34,10 +34,13 @@ AUDITOR = ("parallel/audit", "megalign/trainer/audit.py", "megalign/trainer/prob
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clean", action="store_true", help="also the whole layout matrix without faults")
-    clean = parser.parse_args().clean
-    results: Results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"faults": {}, "clean": {}}
+    parser.add_argument("--fresh", action="store_true", help="forget earlier results")
+    arguments = parser.parse_args()
+    results: Results = json.loads(RESULTS.read_text()) if RESULTS.exists() and not arguments.fresh else {"faults": {}, "clean": {}}
     for ranks in sorted({layout[0] for layout in LAYOUTS.values()}):
         names = [name for name, fault in FAULTS.items() if LAYOUTS[fault.layout][0] == ranks]
+        if all(results["faults"].get(name, {}).get("verdict") == "caught" for name in names):
+            continue
         layouts = [name for name, layout in LAYOUTS.items() if layout[0] == ranks]
         cases = [(layout, None, 3) for layout in layouts] + [(FAULTS[name].layout, name, 1) for name in names]
         found = run_ranks(seeded_faults.audits, ranks, cases, timeout=900)[0]
@@ -47,7 +50,7 @@ def main() -> None:
             results["faults"][name] = {"verdict": verdict, "cause": cause, "first": said[0][0] if said else "-"}
             print(f"{name}: {verdict} ({cause})", flush=True)
         save(results)
-    if clean:
+    if arguments.clean:
         over_the_matrix(results)
     results["auditor"] = subprocess.run(["git", "log", "-1", "--format=%h", "--", *AUDITOR], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     save(results)
@@ -56,10 +59,11 @@ def main() -> None:
 
 def over_the_matrix(results: Results) -> None:
     for bf16 in (False, True):
-        for cells in chunks(covering_array()):
+        kind = f"{'bf16' if bf16 else 'fp32'}, 2 steps"
+        for cells in chunks([cell for cell in covering_array() if f"{cell}, {kind}" not in results["clean"]]):
             started = time.time()
             found = run_ranks(seeded_faults.clean_cells, cells[0].world, cells, bf16, 2, 1, timeout=900)[0]
-            results["clean"] |= {f"{cell}, {'bf16' if bf16 else 'fp32'}, 2 steps": len(said) for cell, said in zip(cells, found, strict=True)}
+            results["clean"] |= {f"{cell}, {kind}": len(said) for cell, said in zip(cells, found, strict=True)}
             print(f"{cells[0].world} ranks, {len(cells)} cells: {sum(map(len, found))} findings, {time.time() - started:.0f} s", flush=True)
             save(results)
     cells = [cell for cell in short_array() if cell.world == 4][:4]
