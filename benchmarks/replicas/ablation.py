@@ -95,6 +95,7 @@ def worker(arm: str, seed: int, steps: int, data: str, folder: str) -> None:
     from megalign.sft import token_loss
     from megalign.trainer.engine import Engine
     from megalign.trainer.metrics import NullLogger
+    from megalign.trainer.objective import Objective
     from megalign.trainer.run import RunFolder, environment, grid_of, identity
     from megalign.trainer.training import Training
 
@@ -114,7 +115,7 @@ def worker(arm: str, seed: int, steps: int, data: str, folder: str) -> None:
     this = identity(recipe, train)
     engine = Engine(recipe, grid, this["vocab_size"])
     nothing: Any = None
-    training = Training(engine, train, validation, token_loss, log=NullLogger(), checkpoints=nothing, identity=this)
+    training = Training(engine, train, validation, Objective(token_loss), log=NullLogger(), checkpoints=nothing, identity=this)
     rows, evaluations = [], [evaluation(training, 0)]
     while training.progress.step < training.end:
         step = training.step()
@@ -136,7 +137,7 @@ def evaluation(training: Any, step: int) -> dict[str, float]:
     copies = [p.parameter for p in engine.placements if not p.is_expert]
 
     def perplexity() -> float:
-        return math.exp(min(20.0, engine.evaluate(list(training.held_out.one_pass()), training.loss).loss))
+        return math.exp(min(20.0, engine.evaluate(list(training.held_out.one_pass()), training.objective).loss))
 
     as_trained = perplexity()
     with torch.no_grad():
