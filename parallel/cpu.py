@@ -246,6 +246,7 @@ def lone_reduction() -> None:
 
     upstream = param_and_grad_buffer.dist_reduce_scatter_func
 
+    @functools.wraps(upstream)
     def reduce_scatter(output: torch.Tensor, input: torch.Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> Any:
         if not async_op and dist.get_world_size(group) == 1 and output.data_ptr() == input.data_ptr():
             return None

@@ -25,8 +25,8 @@ from megalign.config.schema import Recipe
 
 PASSES = 5  # over a kept tensor; see above
 # Operations that torch dispatches, views included, on one rank; fitted to counts of real steps (tests/trainer/test_flops.py).
-OPERATIONS = {"dense": 270, "experts": 360, "expert": 37, "shared": 75, "qk_layernorm": 37, "rest": 102}  # a layer and microbatch
-STEP_OPERATIONS = {"layer": 105, "expert": 30, "rest": 433}  # gradients and optimizer, once a step
+OPERATIONS = {"dense": 258, "experts": 347, "expert": 38, "shared": 44, "qk_layernorm": 44, "rest": 154}  # a layer and microbatch
+STEP_OPERATIONS = {"layer": 54, "expert": 16, "rest": 71}  # gradients and optimizer, once a step
 ADAM_BYTES = {"fp32": 4 * 7, "bf16": 4 * 7 + 2}  # reads gradient, weight, both moments; writes weight, both moments (and BF16)
 
 HOST_LINK = 64e9  # bytes a second one way between a device and its host: PCIe 5.0, 16 lanes

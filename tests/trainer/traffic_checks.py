@@ -89,7 +89,7 @@ class _Counter:
                        "pipeline_parallel.p2p_communication", "transformer.moe.moe_utils", "tensor_parallel.random"):  # fmt: skip
             loaded = importlib.import_module(f"megatron.core.{module}")
             for attribute, value in list(vars(loaded).items()):
-                if value is plain:
+                if plain in (value, getattr(value, "__wrapped__", None)):  # the patch lone-reduction wraps one
                     setattr(loaded, attribute, counted)
 
     def _batches(self) -> None:
