@@ -71,10 +71,21 @@ def schedule_oracle(multiple: int) -> bytes:
     return pickle.dumps(run_ranks(upstream_bugs.schedule_oracle, 1, multiple)[0])
 
 
+RACE = "outputs of virtual stages freed while they are sent"
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_wrong_on_a_schedule(name: str):
     layout, multiple, _ = SCHEDULES[name]
     world = 1 if name.endswith("zeroed") else 2
     ranks = run_ranks(upstream_bugs.schedule_error, world, name, schedule_oracle(multiple))
     assert max(right for _, right in ranks) <= 1
-    assert max(wrong for wrong, _ in ranks) > 100
+    assert max(wrong for wrong, _ in ranks) > 100 or name == RACE
+
+
+@pytest.mark.soak
+def test_the_race_is_lost_now_and_then():
+    """Freed outputs are wrong only if the sender is late: most launches show it, not every one."""
+    _, multiple, _ = SCHEDULES[RACE]
+    launches = (run_ranks(upstream_bugs.schedule_error, 2, RACE, schedule_oracle(multiple)) for _ in range(20))
+    assert any(max(wrong for wrong, _ in ranks) > 100 for ranks in launches)
