@@ -169,7 +169,7 @@ def write(result: dict[str, Any]) -> None:
 def series(runs: dict[str, Any], arm: str, kind: str, key: str) -> tuple[list[float], list[list[float]]]:
     """(steps, values of each seed at each of them)."""
     found = [run[kind] for name, run in runs.items() if name.startswith(f"{arm}-")]
-    steps = [row["step"] for row in found[0]] if kind == "evaluations" else list(range(1, len(found[0]) + 1))
+    steps = [float(row["step"]) for row in found[0]] if kind == "evaluations" else [float(i + 1) for i in range(len(found[0]))]
     return steps, [[run[i][key] for run in found] for i in range(len(steps))]
 
 
