@@ -205,7 +205,8 @@ def picture(runs: dict[str, Any]) -> str:
         chart = line_chart(title, curves, from_zero=title == "replica drift")
         if chart is None:
             raise SystemExit(f"nothing to draw for {title}")
-        drawing = str(chart.svg)
+        # Without a size of its own a nested drawing takes that of the whole page.
+        drawing = str(chart.svg).replace("<svg", f'<svg width="{width}" height="{height}"', 1)
         x, y = i % 2 * (width + 12), i // 2 * (height + 48)
         names = "".join(
             f'<path class="c{c.colour}" d="M{10 + 130 * n},{24}h22"/><text x="{38 + 130 * n}" y="28">{c.name}</text>' for n, c in enumerate(curves)
