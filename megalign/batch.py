@@ -7,6 +7,14 @@
 
 `Example.loss_mask` speaks of the token itself, `Batch.loss_mask` of the label: the shift by one is made here,
 in `collate`, and nowhere else.
+
+Two answers to one prompt may share its tokens (`collate(..., share=True)`): the second document then begins behind them,
+sees them as keys, and counts its positions from there. Its last prompt token stays, for its next token is another one:
+
+    tokens        p q r c d | r e f           prompt p q r, answers c d and e f
+    labels        . . c d . | e f .
+    position_ids  0 1 2 3 4 | 2 3 4
+    prefixes      0           2
 """
 
 from __future__ import annotations
@@ -31,6 +39,9 @@ class Document(Protocol):
     @property
     def values(self) -> Mapping[str, float]: ...  # the same names in every document of a batch
 
+    @property
+    def shared(self) -> int: ...  # leading tokens that the document before it has too, and whose labels are not scored here
+
     def __len__(self) -> int: ...
 
 
@@ -44,14 +55,15 @@ class Batch:
     padding: torch.Tensor  # [T] bool; no document's token
     position_ids: torch.Tensor  # [T] int64
     cu_seqlens: torch.Tensor  # [n + 1] int32; first 0, last T
-    max_seqlen: int
+    max_seqlen: int  # of a segment, what it shares included
     values: dict[str, torch.Tensor] = field(default_factory=dict)  # [documents] float64: the documents' own, in order
+    prefixes: list[int] | None = None  # [n] tokens that each segment shares with the front of the one before it; None: none does
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
         tensors = (self.tokens, self.labels, self.loss_mask, self.padding, self.position_ids, self.cu_seqlens)
         values = {name: value.to(device) for name, value in self.values.items()}
-        return Batch(*(tensor.to(device) for tensor in tensors), max_seqlen=self.max_seqlen, values=values)
+        return Batch(*(tensor.to(device) for tensor in tensors), max_seqlen=self.max_seqlen, values=values, prefixes=self.prefixes)
 
     @property
     def documents(self) -> torch.Tensor:
@@ -83,9 +95,9 @@ def look_ahead(batch: Batch, depth: int) -> Ahead:
     return Ahead(batch.tokens[there], batch.labels[there], batch.loss_mask[there] & ~missing, missing)
 
 
-def filled_tokens(packs: Sequence[Sequence[Document]], document_multiple: int = 1) -> int:
+def filled_tokens(packs: Sequence[Sequence[Document]], document_multiple: int = 1, share: bool = False) -> int:
     """Tokens the documents take, each rounded up to `document_multiple`: the least `pad_to` of `collate`."""
-    return sum(_round_up(len(document), document_multiple) for pack in packs for document in pack)
+    return sum(_round_up(len(document) - share * document.shared, document_multiple) for pack in packs for document in pack)
 
 
 def collate(
@@ -95,41 +107,49 @@ def collate(
     pad_id: int,
     document_multiple: int = 1,
     pad_to: int | None = None,
+    share: bool = False,
 ) -> Batch:
     """Lay m packs out as one batch of T = m * sequence_length tokens, or of `pad_to`.
 
     document_multiple: each document's segment is padded to a multiple of it (context parallelism cuts every
     segment in 2 * context_parallel_size equal parts). Without `pad_to` each pack is padded to sequence_length
     on its own; with it, documents follow each other and all padding comes last. A padding segment is at most
-    sequence_length long. An empty pack is all padding. Raises ValueError where the documents do not fit.
+    sequence_length long. An empty pack is all padding. share: lay out once what documents have in common (`Document.shared`).
+    Raises ValueError where the documents do not fit.
     """
     total = len(packs) * sequence_length if pad_to is None else pad_to
     for name, value in (("sequence_length", sequence_length), ("pad_to", total)):
         if value % document_multiple:
             raise ValueError(f"{name} is {value}, not a multiple of document_multiple({document_multiple})")
+    if share and document_multiple > 1:
+        raise ValueError(f"share needs documents that are not cut: document_multiple is {document_multiple}, and must be 1")
     tokens = np.full(total, pad_id, dtype=np.int64)
     labels = np.full(total, pad_id, dtype=np.int64)
     loss_mask = np.zeros(total, dtype=bool)
     padding = np.ones(total, dtype=bool)
-    bounds = [0]
+    bounds, prefixes = [0], []
 
     for number, pack in enumerate(packs, 1):
         limit = number * sequence_length if pad_to is None else total
         for document in pack:
-            start, length = bounds[-1], len(document)
+            prefix = document.shared if share else 0
+            start, length = bounds[-1], len(document) - prefix
+            prefixes.append(prefix)
             bounds.append(start + _round_up(length, document_multiple))
             if bounds[-1] > limit:
                 raise ValueError(
                     f"pack {number - 1}: its documents, each rounded up to a multiple of {document_multiple}, "
                     f"end at token {bounds[-1]}, past {limit}; pack for this document_multiple, or raise pad_to"
                 )
-            tokens[start : start + length] = document.input_ids
-            labels[start : start + length - 1] = document.input_ids[1:]
-            loss_mask[start : start + length - 1] = document.loss_mask[1:]
+            tokens[start : start + length] = document.input_ids[prefix:]
+            labels[start : start + length - 1] = document.input_ids[prefix + 1 :]
+            loss_mask[start : start + length - 1] = document.loss_mask[prefix + 1 :]
             padding[start : start + length] = False
         if pad_to is None:
             _add_padding(bounds, limit, sequence_length)
+            prefixes += [0] * (len(bounds) - 1 - len(prefixes))
     _add_padding(bounds, total, sequence_length)
+    prefixes += [0] * (len(bounds) - 1 - len(prefixes))
 
     lengths = np.diff(bounds)
     documents = [document for pack in packs for document in pack]
@@ -139,10 +159,11 @@ def collate(
         labels=torch.from_numpy(labels),
         loss_mask=torch.from_numpy(loss_mask),
         padding=torch.from_numpy(padding),
-        position_ids=torch.from_numpy(np.arange(total) - np.repeat(bounds[:-1], lengths)),
+        position_ids=torch.from_numpy(np.arange(total) - np.repeat(np.subtract(bounds[:-1], prefixes), lengths)),
         cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
-        max_seqlen=int(lengths.max()),
+        max_seqlen=int((lengths + prefixes).max()),
         values={name: torch.tensor([document.values[name] for document in documents], dtype=torch.float64) for name in names},
+        prefixes=prefixes if any(prefixes) else None,
     )
 
 

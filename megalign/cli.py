@@ -72,9 +72,17 @@ def pretrain(recipe: RecipeArgument, overrides: Overrides = None, dry_run: DryRu
 
 
 @app.command()
-def dpo(recipe: RecipeArgument, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+def dpo(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    betas: Annotated[str | None, typer.Option(help="A sweep: a run for each, e.g. 0.05,0.1,0.3,1, and a table and picture of what they did.")] = None,
+) -> None:
     """Learn from pairs of answers: DPO and its family (dpo.loss)."""
-    _train("dpo", recipe, overrides or [], dry_run)
+    if betas is None or dry_run:
+        _train("dpo", recipe, overrides or [], dry_run)
+    else:
+        _sweep(recipe, overrides or [], betas)
 
 
 @app.command()
@@ -345,11 +353,44 @@ def _train(command: str, name: str, overrides: list[str], dry_run: bool) -> None
         gc.enable()
 
 
+def _sweep(name: str, overrides: list[str], betas: str) -> None:
+    from megalign.config.layout import world_size_of
+    from megalign.config.load import load_recipe
+    from megalign.config.rules import check
+
+    try:
+        values = [float(beta) for beta in betas.split(",")]
+    except ValueError:
+        values = []
+    if not values or min(values) <= 0:
+        raise typer.BadParameter(f"{betas!r} is no list of numbers above 0; e.g. 0.05,0.1,0.3,1", param_hint="--betas")
+    recipe = _resolved(load_recipe(name, overrides))
+    ranks = world_size_of(recipe)
+    check(recipe, ranks)
+
+    def work(world: Any) -> None:
+        from megalign.sweep import sweep
+
+        sweep(recipe, values, world)
+
+    _run_ranks(ranks, Path(recipe.output), work)
+
+
+def _resolved(recipe: Recipe) -> Recipe:
+    """With the shape of what it starts from: how many ranks a layout needs depends on whether there are experts."""
+    if recipe.model.init_from is None or not Path(recipe.model.init_from).is_dir():
+        return recipe
+    from megalign.models.resolve import resolve_model
+
+    return resolve_model(recipe)
+
+
 def _start(command: str, recipe: Recipe) -> None:
     from megalign.config.layout import world_size_of
     from megalign.config.rules import check
     from megalign.parallel.init import in_distributed_launch
 
+    recipe = _resolved(recipe)
     ranks = world_size_of(recipe)
     if not in_distributed_launch():
         check(recipe, ranks)

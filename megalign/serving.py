@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ from megalign.config.rules import check
 from megalign.config.schema import ParallelConfig, Recipe
 from megalign.data.tokenizer import Tokenizer, load_tokenizer
 from megalign.models.pretrained import save_pretrained
-from megalign.parallel.checkpoint import CheckpointError, list_checkpoints, read_meta
+from megalign.models.resolve import own_checkpoint
+from megalign.parallel.checkpoint import CheckpointError, read_meta
 from megalign.parallel.init import World
 from megalign.rollout.sampler import SamplingParams
 from megalign.rollout.talk import COMMANDS
@@ -29,14 +29,10 @@ def find_checkpoint(path: Path) -> Path:
 
     Raises CheckpointError where there is none.
     """
-    if (path / "manifest.json").exists():
-        return path
-    found = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
-    if not found:
+    found = own_checkpoint(path)
+    if found is None:
         raise CheckpointError(f"{path} holds no complete checkpoint; give a run folder or one of its checkpoints/iter_... folders")
-    summary = path / "summary.json"
-    best = json.loads(summary.read_text()).get("best_checkpoint") if summary.exists() else None
-    return next((checkpoint for checkpoint in found if checkpoint.name == best), found[-1])
+    return found
 
 
 def recipe_for(checkpoint: Path, overrides: list[str]) -> Recipe:

@@ -21,6 +21,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megalign.parallel.context import SharedPrefixes, gather_runs
 from megalign.parallel.varlen import attend
 
 
@@ -98,6 +99,8 @@ class SdpaCoreAttention(MegatronModule):
         if self.context_group.size() > 1:
             return self._packed_with_context(query, key, value, ends)
         lengths = (ends[1:] - ends[:-1]).tolist()
+        if isinstance(packed, SharedPrefixes):
+            return self._segments(query, gather_runs(key, packed.runs), gather_runs(value, packed.runs), lengths, packed.keys)
         return self._segments(query, key, value, lengths, lengths)
 
     def _packed_with_context(self, query: Tensor, key: Tensor, value: Tensor, ends: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,15 +14,51 @@ from torch import Tensor
 from megalign.parallel.grid import Grid
 
 
-def packed_sequences(cu_seqlens: Tensor, max_seqlen: int) -> PackedSeqParams:
-    """Boundaries of the documents of a packed row. cu_seqlens: int32 [n + 1], before context parallelism."""
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=max_seqlen,
-        max_seqlen_kv=max_seqlen,
-    )
+@dataclass
+class SharedPrefixes(PackedSeqParams):
+    """A packed row in which a document may see, before its own tokens, the first tokens of the document before it."""
+
+    runs: list[slice] = field(default_factory=list)  # of the row's tokens: the keys of all documents, end to end
+    keys: list[int] = field(default_factory=list)  # how many each document sees
+
+
+def packed_sequences(cu_seqlens: Tensor, max_seqlen: int, prefixes: Sequence[int] | None = None) -> PackedSeqParams:
+    """Boundaries of the documents of a packed row. cu_seqlens: int32 [n + 1], before context parallelism.
+
+    prefixes: tokens that each document shares with the front of the one before it (`megalign.batch`); None: none does.
+    """
+    sizes: dict[str, Any] = dict(qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_kv=max_seqlen)
+    if prefixes is None:
+        return PackedSeqParams(**sizes)
+    bounds = cu_seqlens.tolist()
+    runs, keys = [], []
+    for i, (start, end, prefix) in enumerate(zip(bounds[:-1], bounds[1:], prefixes, strict=True)):
+        if prefix:
+            runs.append(slice(bounds[i - 1], bounds[i - 1] + prefix))
+        runs.append(slice(start, end))
+        keys.append(prefix + end - start)
+    return SharedPrefixes(**sizes, runs=runs, keys=keys)
+
+
+def gather_runs(x: Tensor, runs: Sequence[slice]) -> Tensor:
+    """`runs` of x's rows, end to end; a row of several runs gets the sum of their gradients."""
+    return _GatherRuns.apply(x, runs)  # pyright: ignore[reportReturnType]
+
+
+class _GatherRuns(torch.autograd.Function):
+    """Indexing with a tensor would add its gradients up row by row; runs are few and long."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, runs: Sequence[slice]) -> Tensor:  # pyright: ignore
+        ctx.runs, ctx.shape = runs, x.shape
+        return torch.cat([x[run] for run in runs])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
+        total = grad.new_zeros(ctx.shape)
+        for run, part in zip(ctx.runs, grad.split([run.stop - run.start for run in ctx.runs])):
+            total[run] += part
+        return total, None
 
 
 def context_part(x_T: Tensor, cu_seqlens: Tensor, grid: Grid) -> Tensor:

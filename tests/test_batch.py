@@ -21,6 +21,7 @@ class Doc:
     input_ids: np.ndarray
     loss_mask: np.ndarray
     values: dict[str, float] = field(default_factory=dict)
+    shared: int = 0
 
     def __len__(self):
         return len(self.input_ids)
@@ -144,3 +145,22 @@ def test_values_of_documents_and_where_they_stand():
     assert batch.values["weight"].tolist() == [0.5, 1.0, 2.0] and batch.values["row"].tolist() == [2**40, 1, 2]
     assert collate([[], []], sequence_length=8, pad_id=PAD).values == {} and len(collate([[]], sequence_length=8, pad_id=PAD).documents) == 0
     assert batch.to("meta").values["row"].is_meta
+
+
+def test_two_answers_share_their_prompt():
+    """Prompt 1 2 3, answers 4 5 and 6 7 8: the second keeps the prompt's last token, whose next token is its own."""
+    chosen, rejected = doc(1, 2, 3, 4, 5, scored=(4, 5)), replace(doc(1, 2, 3, 6, 7, 8, scored=(6, 7, 8)), shared=2)
+    batch = collate([[chosen, rejected], [A]], sequence_length=12, pad_id=PAD, pad_to=14, share=True)
+    assert batch.tokens.tolist() == [1, 2, 3, 4, 5, 3, 6, 7, 8, 1, 2, 3, 4, PAD]
+    assert batch.labels.tolist() == [2, 3, 4, 5, PAD, 6, 7, 8, PAD, 2, 3, 4, PAD, PAD]
+    assert batch.labels[batch.loss_mask].tolist() == [4, 5, 6, 7, 8, 3, 4]
+    assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 2, 3, 4, 5, 0, 1, 2, 3, 0]
+    assert batch.cu_seqlens.tolist() == [0, 5, 9, 13, 14] and batch.prefixes == [0, 2, 0, 0]
+    assert batch.max_seqlen == 6 and filled_tokens([[chosen, rejected], [A]], share=True) == 13
+    assert batch.to("cpu").prefixes == batch.prefixes and batch.documents.tolist() == [0, 1, 2]
+    padded = collate([[chosen, rejected], [A]], sequence_length=12, pad_id=PAD, share=True)
+    assert padded.prefixes == [0, 2, 0, 0, 0] and padded.cu_seqlens.tolist() == [0, 5, 9, 12, 16, 24]
+    apart = collate([[chosen, rejected], [A]], sequence_length=12, pad_id=PAD)
+    assert apart.prefixes is None and apart.labels[apart.loss_mask].tolist() == batch.labels[batch.loss_mask].tolist()
+    with pytest.raises(ValueError, match="document_multiple is 4"):
+        collate([[chosen, rejected]], sequence_length=16, pad_id=PAD, document_multiple=4, share=True)

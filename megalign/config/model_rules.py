@@ -230,8 +230,8 @@ def starting_point(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
     if model.preset and model.init_from:
         rule = "init_from gives the shape too, by its config.json"
         yield Problem("model.preset", rule, "remove one of the two, here e.g. with model.preset=null", model.preset)
-    if model.init_from and not Path(model.init_from, "config.json").is_file():
-        fix = "give the path of a Hugging Face folder"
+    if model.init_from and not any(Path(model.init_from, name).exists() for name in ("config.json", "checkpoints", "manifest.json")):
+        fix = "give the path of a Hugging Face folder, or of a run or checkpoint of ours"
         yield Problem("model.init_from", "there is no config.json in that folder", fix, model.init_from)
     if tokenizer.path and not _holds_tokenizer(Path(tokenizer.path)):
         fix = "give the path of a Hugging Face folder, or of a SentencePiece .model file"

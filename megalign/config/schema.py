@@ -29,7 +29,7 @@ class ModelConfig(Section):
     """The transformer. `preset` fills the fields that the recipe does not give itself."""
 
     preset: str | None = Field(default=None, description="a name of `megalign.models.presets`; explicit keys win over it")
-    init_from: str | None = Field(default=None, description="a Hugging Face folder: its config.json gives the shape, its safetensors the weights")
+    init_from: str | None = Field(default=None, description="a Hugging Face folder, or a run folder of ours (its best checkpoint): it gives the shape and the weights")
     num_layers: int = Field(default=4, ge=1)
     hidden_size: int = Field(default=128, ge=1)
     ffn_hidden_size: int = Field(default=384, ge=1, description="width of the dense MLP")
@@ -265,8 +265,9 @@ class DPOConfig(Section):
     reward_shift: float | None = Field(default=None, description="bco_pair: constant taken from both rewards; default 0")
     tau: float | None = Field(default=None, gt=0, description="discopop: width of the blend; default 0.05")
     reference: Literal["cached", "model"] = Field(default="cached", description="cached: one pass over the data before training; model: a second model in memory")
-    reference_from: str | None = Field(default=None, description="Hugging Face folder of the reference; default: what the policy starts from")
+    reference_from: str | None = Field(default=None, description="Hugging Face folder, or run of ours, of the reference; default: what the policy starts from")
     reference_cache: str | None = Field(default=None, description="folder of the reference's log-probs, e.g. shared by runs with other betas; default: reference/ in output")
+    share_prompt: bool = Field(default=True, description="both answers attend to one copy of their prompt, where that saves work and is exact")
     on_collapse: Literal["warn", "stop"] = Field(default="warn", description="when chosen answers become less likely while the loss falls")
 
 

@@ -195,11 +195,18 @@ class PairRows(Sequence[list[Example]]):
             return [self[i] for i in range(*index.indices(len(self)))]
         index = range(len(self))[index]
         pairs, row = self._pairs[self.piece[index]], self.row[index]
-        found = []
-        for side in (0, 1):
-            example = cut_out(pairs.encoded, int(pairs.starts[row, side]), int(pairs.lengths[row, side]))
-            found.append(replace(example, values={name: float(column[index, side]) for name, column in self.columns.items()}))
-        return found
+        chosen, rejected = (cut_out(pairs.encoded, int(pairs.starts[row, side]), int(pairs.lengths[row, side])) for side in (0, 1))
+        values = [{name: float(column[index, side]) for name, column in self.columns.items()} for side in (0, 1)]
+        return [replace(chosen, values=values[0]), replace(rejected, values=values[1], shared=shared_prompt(chosen, rejected))]
+
+
+def shared_prompt(chosen: Example, rejected: Example) -> int:
+    """Tokens at the front of both sides that the rejected one need not repeat: the prompt without its last token, which
+    predicts each side's first."""
+    length = min(len(chosen), len(rejected))
+    differ = np.flatnonzero(chosen.input_ids[:length] != rejected.input_ids[:length])
+    same = int(differ[0]) if len(differ) else length
+    return max(0, min(same, int(rejected.loss_mask.argmax()) - 1))
 
 
 class KeptPairs(Sequence[Conversation]):

@@ -202,6 +202,7 @@ class Example:
     loss_mask: np.ndarray  # [T] bool
     messages_cut: int = 0  # trailing messages left out so that the row fits
     values: Mapping[str, float] = field(default_factory=dict)  # what is known of the row: its weight, a reference's log-prob
+    shared: int = 0  # leading tokens that the example before it in a pack begins with too, none of whose labels is scored here
 
     def __len__(self) -> int:
         return len(self.input_ids)

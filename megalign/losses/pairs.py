@@ -86,9 +86,18 @@ class PairTerms:
             "rewards/accuracies": (margin > 0).to(margin),
             "logps/chosen": pairs.chosen_P,
             "logps/rejected": pairs.rejected_P,
+            **self._drift(pairs),
             "_margin*margin": margin * margin,
             "_longer": longer,
             "_longer*longer": longer * longer,
             "_margin*longer": margin * longer,
         }
         return PairLoss((w * self.losses_P).sum(), w.sum(), {name: (w * value.detach()).sum() for name, value in metrics.items()})
+
+    @staticmethod
+    def _drift(pairs: Pairs) -> dict[str, Tensor]:
+        """How far the policy is from the reference on these answers: the mean of |log pi/pi_ref| over both, in nats."""
+        if pairs.ref_chosen_P is None:
+            return {}
+        chosen, rejected = pairs.log_ratios
+        return {"logps/drift": (chosen.abs() + rejected.abs()) / 2}

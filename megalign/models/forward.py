@@ -28,7 +28,7 @@ def logprobs_ahead(chunk: Any, batch: Batch, grid: Grid, depths: int) -> Any:
 
 def _forward(chunk: Any, batch: Batch, grid: Grid, ahead: Any) -> Any:
     to = device()
-    packed = packed_sequences(batch.cu_seqlens.to(to), batch.max_seqlen)
+    packed = packed_sequences(batch.cu_seqlens.to(to), batch.max_seqlen, batch.prefixes)
     tokens, positions, labels, mask, padding = (
         context_part(x, batch.cu_seqlens, grid).to(to)[None]
         for x in (batch.tokens, batch.position_ids, batch.labels, batch.loss_mask, batch.padding)

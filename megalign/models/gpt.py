@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 
 from megalign.batch import Ahead
+from megalign.parallel.context import SharedPrefixes
 from megalign.parallel.vocab import vocab_parallel_logprobs
 
 
@@ -58,6 +59,14 @@ class DialogueModel(GPTModel):
             return super().forward(*args, padding_mask=padding_mask, **kwargs)
         finally:
             self._ahead = ()
+
+    def _preprocess(self, *args: Any, **kwargs: Any) -> Any:
+        """megatron-core's, with a rotary angle a token where documents share a prompt: its table counts every document from 0."""
+        found = super()._preprocess(*args, **kwargs)
+        if isinstance(kwargs.get("packed_seq_params"), SharedPrefixes) and found[1] is not None:
+            # A table as long as the row is read by token (rope_utils.py:211).
+            found = (found[0], found[1][kwargs["position_ids"][0]], *found[2:])
+        return found
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, labels: Tensor | None = None, loss_mask: Tensor | None = None, **kwargs: Any) -> Any:
         if not self.post_process:

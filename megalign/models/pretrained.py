@@ -14,12 +14,22 @@ from megalign.config.schema import ModelConfig
 from megalign.models.hf.io import read_hf, write_hf
 from megalign.models.hf.registry import family_of_model, hf_config_from_model
 from megalign.models.hf.table import Dimensions
+from megalign.models.resolve import own_checkpoint
 from megalign.models.weights import load_full, stream_full
+from megalign.parallel import checkpoint
 from megalign.parallel.grid import Grid
 
 
 def load_pretrained(chunks: Sequence[Any], model: ModelConfig, grid: Grid, vocab_size: int) -> None:
-    """Fill the model with the weights of `model.init_from`; each rank reads only the files its part needs."""
+    """Fill the model with the weights of `model.init_from`: a Hugging Face folder, or a checkpoint of ours (collective): those
+    that were evaluated, the averaged ones with train.eval_ema.
+
+    Each rank reads only the files its part needs.
+    """
+    own = own_checkpoint(Path(str(model.init_from)))
+    if own is not None:
+        checkpoint.load(own, chunks, None, grid, average=checkpoint.read_meta(own)["recipe"]["train"]["eval_ema"])
+        return
     weights = read_hf(str(model.init_from))
     dimensions = Dimensions.of(model, vocab_size, padded_vocab(vocab_size, grid.tensor.size))
     conversion = family_of_model(model).conversion(dimensions)

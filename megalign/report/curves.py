@@ -24,6 +24,7 @@ SMALL_CHARTS: tuple[tuple[str, str, Callable[[float], str], bool], ...] = (
     ("step_time", "Time per step", duration, True),
     ("rewards/accuracies", "Pairs ranked as judged", percent, True),
     ("logps/chosen", "log p of chosen answers", number, False),
+    ("logps/drift", "Distance from the reference, nats an answer", number, False),
     ("rewards/length_correlation", "Correlation of margin and length difference", number, False),
 )
 

@@ -25,6 +25,7 @@ from megalign.data.cache import cache_folder
 from megalign.data.dataset import Dataset
 from megalign.data.pairs import PairRows
 from megalign.data.source import file_digest
+from megalign.models.resolve import own_checkpoint
 from megalign.models.sequences import sequence_logprobs, sequence_tokens
 from megalign.parallel.grid import Grid
 from megalign.parallel.init import device
@@ -44,7 +45,7 @@ def reference_recipe(recipe: Recipe) -> Recipe:
     if recipe.dpo.reference_from is None:
         return recipe
     changed = recipe.model_copy(deep=True)
-    changed.model.init_from = recipe.dpo.reference_from
+    changed.model.init_from = str(own_checkpoint(Path(recipe.dpo.reference_from)) or recipe.dpo.reference_from)
     return changed
 
 
@@ -53,6 +54,8 @@ def model_hash(recipe: Recipe) -> str:
     model = recipe.model
     if model.init_from is None:
         return hashlib.sha256(json.dumps([model.model_dump(mode="json"), recipe.train.seed], sort_keys=True).encode()).hexdigest()
+    if (own := own_checkpoint(Path(model.init_from))) is not None:  # its manifest has the SHA-256 of every file
+        return hashlib.sha256((own / "manifest.json").read_bytes()).hexdigest()
     folder = cache_folder(recipe)
     folder.mkdir(parents=True, exist_ok=True)
     files = [file for file in sorted(Path(model.init_from).iterdir()) if file.name == "config.json" or file.suffix == ".safetensors"]

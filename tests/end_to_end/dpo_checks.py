@@ -46,4 +46,31 @@ def train_all(recipes: list[dict[str, Any]]) -> list[str]:
     return [train(recipe) for recipe in recipes]
 
 
+def sweep(recipe: dict[str, Any], betas: list[float]) -> None:
+    """A run for each beta."""
+    from megalign.config.schema import Recipe
+    from megalign.parallel.init import read_world
+    from megalign.sweep import sweep
+
+    sweep(Recipe.model_validate(recipe), betas, read_world(os.environ))
+
+
+def implicit(run: str, overrides: list[str]) -> dict[str, list[float]]:
+    """Rewards that a run gives to both sides of its validation pairs."""
+    from megalign.config.schema import Recipe
+    from megalign.data.pairs import KeptPairs, build_pairs, sides
+    from megalign.implicit import ImplicitReward
+    from megalign.parallel.checkpoint import list_checkpoints, read_meta
+    from megalign.parallel.grid import destroy_grid
+    from megalign.parallel.init import read_world
+
+    recipe = Recipe(**read_meta(list_checkpoints(Path(run) / "checkpoints")[-1])["recipe"])
+    kept = build_pairs(recipe)[1].kept
+    assert isinstance(kept, KeptPairs)
+    both = [sides(pair) for pair in kept.pairs()]
+    rewards = ImplicitReward.load(Path(run), overrides, read_world(os.environ)).score([side for pair in both for side in pair])
+    destroy_grid()
+    return {"chosen": rewards[0::2].tolist(), "rejected": rewards[1::2].tolist()}
+
+
 curve, metrics = sft_checks.curve, sft_checks.metrics

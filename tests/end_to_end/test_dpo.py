@@ -38,11 +38,46 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         recipe(base / "halves"),
         recipe(base / "model-halves", dpo={"reference": "model"}, **half),
         recipe(base / "model-halves", dpo={"reference": "model"}),
+        recipe(base / "second", model={"init_from": str(base / "cached")}, train={"eval_interval": 3}),
+        from_runs(base, base / "third"),
         recipe(base / "shared", dpo={"reference_cache": str(base / "cached" / "reference")}),
         *(recipe(base / loss, dpo={"loss": loss}, **ONE_STEP) for loss in (*AT_FIRST, *REFERENCE_FREE) if loss != "sigmoid"),
     ]
     assert run_ranks(dpo_checks.train_all, 1, runs)[0] == [""] * len(runs)
     return base
+
+
+def from_runs(base: Path, output: Path, **changes: Any) -> dict[str, Any]:
+    """One step from where "second" ended, against where "cached" ended."""
+    start, reference = (str(base / name / "checkpoints" / "iter_0000006") for name in ("second", "cached"))
+    return recipe(output, model={"init_from": start}, dpo={"reference_from": reference}, train={"max_steps": 1, "eval_interval": 1}, optimizer={"lr_warmup_steps": 0}, **changes)
+
+
+def assert_goes_on(base: Path, other: Path):
+    """What "second" measured at its end, of its weights against its reference's, is what `other` measures before its first step."""
+    last, first = metrics(base / "second", "eval")[-1], metrics(other, "eval")[0]
+    assert (last["step"], first["step"]) == (6, 0) and abs(last["eval_rewards/margins"]) > 1e-3
+    for name in NAMES:
+        if name != "grad_norm":
+            assert first[f"eval_{name}"] == pytest.approx(last[f"eval_{name}"], rel=1e-5, abs=1e-6), name
+
+
+def test_a_run_of_ours_is_a_start_and_a_reference(folder: Path):
+    assert_goes_on(folder, folder / "third")
+    events = [line["message"] for line in metrics(folder / "second", "event") if line["event"] == "reference"]
+    assert events[1].startswith("policy = reference at step 0"), "without reference_from it is the run that it starts from"
+    assert curve(folder / "second", *NAMES)[0] != curve(folder / "cached", *NAMES)[0]
+
+
+@pytest.mark.parametrize("world, layout", [(1, []), (2, ["parallel.pipeline_model_parallel_size=2"])])
+def test_the_implicit_reward_ranks_as_the_run_did(folder: Path, world: int, layout: list[str]):
+    """R25: beta * log-ratio, of the best checkpoint, from two models loaded anew; the run's own evaluation says the same."""
+    last = min(metrics(folder / "second", "eval"), key=lambda line: line["eval_loss"])  # the best checkpoint is the one that is used
+    for found in run_ranks(dpo_checks.implicit, world, str(folder / "second"), layout):
+        for side, rewards in found.items():
+            assert np.mean(rewards) == pytest.approx(last[f"eval_rewards/{side}"], rel=1e-4, abs=1e-5)
+        ranked = np.mean(np.array(found["chosen"]) > np.array(found["rejected"]))
+        assert ranked == last["eval_rewards/accuracies"] and len(found["chosen"]) == 4
 
 
 def test_a_second_model_is_the_cached_pass(folder: Path):
@@ -117,6 +152,7 @@ def test_layouts_of_a_whole_run(folder: Path, tmp_path: Path):
         recipe(tmp_path / "tp2-halves", parallel=TP2),
         recipe(tmp_path / "pp2", parallel={"pipeline_model_parallel_size": 2}, dpo={"reference": "model"}),
         recipe(tmp_path / "dp2", train={"micro_batch_size": 2}),
+        from_runs(folder, tmp_path / "tp2-from-runs", parallel=TP2),
     ]
     assert run_ranks(dpo_checks.train_all, 2, runs)[0] == [""] * len(runs)
     alone = curve(folder / "cached", *NAMES)
@@ -124,6 +160,7 @@ def test_layouts_of_a_whole_run(folder: Path, tmp_path: Path):
     for name in ("tp2", "pp2", "dp2"):
         for ours, theirs in zip(curve(tmp_path / name, *NAMES), alone, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-3, abs=2e-4), name
+    assert_goes_on(folder, tmp_path / "tp2-from-runs")
 
 
 def test_the_report_shows_rewards_and_pairs(folder: Path):
