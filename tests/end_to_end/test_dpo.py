@@ -59,7 +59,8 @@ def assert_goes_on(base: Path, other: Path):
     assert (last["step"], first["step"]) == (6, 0) and abs(last["eval_rewards/margins"]) > 1e-3
     for name in NAMES:
         if name != "grad_norm":
-            assert first[f"eval_{name}"] == pytest.approx(last[f"eval_{name}"], rel=1e-5, abs=1e-6), name
+            # Rewards are beta times differences of sums of some hundred nats, of which FP32 has 1e-5 or two.
+            assert first[f"eval_{name}"] == pytest.approx(last[f"eval_{name}"], rel=1e-5, abs=1e-5), name
 
 
 def test_a_run_of_ours_is_a_start_and_a_reference(folder: Path):
@@ -72,7 +73,7 @@ def test_a_run_of_ours_is_a_start_and_a_reference(folder: Path):
 @pytest.mark.parametrize("world, layout", [(1, []), (2, ["parallel.pipeline_model_parallel_size=2"])])
 def test_the_implicit_reward_ranks_as_the_run_did(folder: Path, world: int, layout: list[str]):
     """R25: beta * log-ratio, of the best checkpoint, from two models loaded anew; the run's own evaluation says the same."""
-    last = min(metrics(folder / "second", "eval"), key=lambda line: line["eval_loss"])  # the best checkpoint is the one that is used
+    last = min((line for line in metrics(folder / "second", "eval") if line["step"]), key=lambda line: line["eval_loss"])  # the best checkpoint is the one that is used
     for found in run_ranks(dpo_checks.implicit, world, str(folder / "second"), layout):
         for side, rewards in found.items():
             assert np.mean(rewards) == pytest.approx(last[f"eval_rewards/{side}"], rel=1e-4, abs=1e-5)
