@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 
 from megalign.parallel.grid import Grid
-from megalign.parallel.optimizer import choose_kernel, create_states
+from megalign.parallel.optimizer import create_states, load_optimizer, sharded_optimizer
 from megalign.parallel.shadow import Shadow, requested_average, sharded_average
 
 FORMAT = "megalign-checkpoint-2"
@@ -194,8 +194,7 @@ def load(
     for i, chunk in enumerate(chunks):
         _unwrap(chunk).load_state_dict(state[f"model{i}"])
     if optimizer is not None:
-        optimizer.load_state_dict(state["optimizer"])
-        choose_kernel(optimizer)
+        load_optimizer(optimizer, state["optimizer"])
     if shadow is not None and not has_average:
         shadow.restart()
     for part in (part for part in names if part in state):
@@ -222,7 +221,7 @@ def sharded_state(chunks: Sequence[Any], optimizer: Any | None, grid: Grid, *, l
     state: dict[str, Any] = {f"model{i}": _unwrap(chunk).sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
     if optimizer is not None:
         models = {key: value for part in state.values() for key, value in part.items()} if len(chunks) == 1 else state
-        state["optimizer"] = optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata)
+        state["optimizer"] = sharded_optimizer(optimizer, models, loading=loading, metadata=metadata)
     if shadow is not None:
         state |= {f"ema{i}": sharded_average(shadow, state[f"model{i}"], loading=loading) for i in range(len(chunks))}
     return state

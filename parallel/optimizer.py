@@ -6,7 +6,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from megalign.parallel.init import device
 
 
 def wrap_data_parallel(
@@ -109,6 +112,58 @@ def create_states(optimizer: Any) -> None:
                     "exp_avg": torch.zeros_like(parameter),
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }
+
+
+def sharded_optimizer(optimizer: Any, models: dict[str, Any], *, loading: bool, metadata: dict[str, Any]) -> Any:
+    """What a checkpoint stores of the optimizer (collective).
+
+    A part may hold no parameter of this rank: the experts' on a pipeline stage of dense layers, or any where the data-parallel
+    ranks share out a small model. It has taken no step of its own, yet it is asked for one (distrib_optimizer.py:642: none
+    is an assertion), and rank 0's answer is what every rank will load. It is told the step of the others.
+    """
+    step = torch.tensor(max((_step_of(part) for part in parts_of(optimizer)), default=0.0), dtype=torch.float64, device=device())
+    dist.all_reduce(step, op=dist.ReduceOp.MAX)
+    parts = parts_of(optimizer)
+    for part in parts:
+        state = _inner(part).state
+        if hasattr(part, "model_param_group_index_map") and all(key == NO_PARAMETER for key in state):
+            state[NO_PARAMETER] = {"step": torch.tensor(float(step))}  # torch keeps entries whose key is no parameter
+    stored = optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata)
+    for part, of_part in zip(parts, _entries(optimizer, stored), strict=True):
+        if MASTERS in of_part:  # groups by their number: a list that is empty here and not elsewhere cannot be merged (dict_utils.py:230)
+            of_part[MASTERS] = {i: group for i, group in enumerate(of_part[MASTERS]) if group}
+        if not loading and step > 0 and not hasattr(part, "model_param_group_index_map"):
+            of_part.get("optimizer", of_part)["state"].setdefault("common_step", torch.tensor(float(step)))
+    return stored
+
+
+def load_optimizer(optimizer: Any, stored: Any) -> None:
+    """Load what `sharded_optimizer` wanted, once it has been read."""
+    for part, of_part in zip(parts_of(optimizer), _entries(optimizer, stored), strict=True):
+        if hasattr(part, "fp32_from_float16_groups"):
+            groups = of_part.get(MASTERS, {})
+            of_part[MASTERS] = [groups.get(i, []) for i in range(len(part.fp32_from_float16_groups))]
+    optimizer.load_state_dict(stored)
+    choose_kernel(optimizer)
+
+
+MASTERS = "fp32_from_fp16_params"  # megatron's key, of an optimizer that is not distributed
+NO_PARAMETER = "no parameter of this rank"
+
+
+def _entries(optimizer: Any, stored: Any) -> list[dict[str, Any]]:
+    """The parts' entries in the state of all."""
+    count = len(parts_of(optimizer))
+    return [stored] if count == 1 else [stored[i] for i in range(count)]
+
+
+def _inner(part: Any) -> Any:
+    """torch's optimizer within megatron's, also of an offloaded one."""
+    return getattr(part.optimizer, "inner", part.optimizer)
+
+
+def _step_of(part: Any) -> float:
+    return max((float(state["step"]) for key, state in _inner(part).state.items() if key != NO_PARAMETER and "step" in state), default=0.0)
 
 
 def set_learning_rate(optimizer: Any, lr: float) -> None:

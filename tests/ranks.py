@@ -10,12 +10,13 @@ import multiprocessing
 import os
 import pickle
 import queue
-import socket
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from torch.distributed import TCPStore
 
 # The fork server ignores this process's sys.path (Python 3.11), and what it cannot import it skips silently.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
@@ -34,9 +35,9 @@ def run_ranks(
     Raises AssertionError with the traceback of the first rank that failed.
     """
     results = _context.Queue()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    # The meeting point is this process's, as torchrun's agent has it: a port that was free a moment ago may be taken by now.
+    meeting = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    port = meeting.port
     ranks = [_context.Process(target=_rank, args=(check, args, rank, world_size, port, results, before)) for rank in range(world_size)]
     for process in ranks:
         process.start()
@@ -78,6 +79,7 @@ def _rank(check: Callable[..., Any], args: tuple, rank: int, world_size: int, po
         LOCAL_WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
         OMP_NUM_THREADS="1",
     )
     import torch

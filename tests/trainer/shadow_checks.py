@@ -15,7 +15,7 @@ MODEL = {
 }  # fmt: skip
 
 
-def engine_of(parallel: dict[str, Any], optimizer_cpu_offload: bool = False, **train: Any) -> Any:
+def engine_of(parallel: dict[str, Any], optimizer_cpu_offload: bool = False, model: dict[str, Any] | None = None, **train: Any) -> Any:
     import torch.distributed as dist
 
     from megalign.config.rules import check
@@ -24,7 +24,7 @@ def engine_of(parallel: dict[str, Any], optimizer_cpu_offload: bool = False, **t
     from megalign.trainer.run import grid_of
 
     recipe = Recipe.model_validate(
-        {"model": MODEL, "parallel": parallel, "data": {"sequence_length": 32}, "optimizer": {"lr": 1e-2, "optimizer_cpu_offload": optimizer_cpu_offload},
+        {"model": {**MODEL, **(model or {})}, "parallel": parallel, "data": {"sequence_length": 32}, "optimizer": {"lr": 1e-2, "optimizer_cpu_offload": optimizer_cpu_offload},
          "train": {"global_batch_size": 4, "ema_decay": DECAY, "eval_ema": True, **train}}
     )  # fmt: skip
     check(recipe, dist.get_world_size())
