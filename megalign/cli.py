@@ -34,7 +34,7 @@ app.add_typer(recipes_app, name="recipes")
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a recipe that comes with megalign.", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe, e.g. optimizer.lr=1e-4")]
-DataFiles = Annotated[list[Path], typer.Argument(metavar="FILES", help="Data files, or folders that `datasets` saved.", show_default=False)]
+DataFiles = Annotated[list[Path], typer.Argument(metavar="FILES", help="Data files, or folders of data sets (of `datasets` or the hub).", show_default=False)]
 FormatOption = Annotated[str, typer.Option(help="Format of the rows; auto: told by the first of a file.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print parameters, memory, steps and the first row; load no weights.")]
 
@@ -251,7 +251,7 @@ def data_preview(
     """Show rendered rows with the scored tokens coloured."""
     from megalign.config.load import load_recipe
     from megalign.config.schema import Recipe
-    from megalign.data.files import is_data
+    from megalign.data.kinds import is_data
     from megalign.data.preview import preview
 
     given = overrides or []

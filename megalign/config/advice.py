@@ -24,6 +24,11 @@ def warnings(recipe: Recipe, world_size: int | None = None) -> list[str]:
             f"optimizer.lr={optimizer.lr:g} is {side} the usual {low:g} to {high:g} of full fine-tuning: "
             f"the model may {harm}"
         )
+    elif not model.init_from and optimizer.lr <= high:
+        found.append(
+            f"model.init_from=null: the weights are random, and optimizer.lr={optimizer.lr:g} is a rate of fine-tuning, at most "
+            f"{high:g}; give model.init_from a Hugging Face folder, or raise the rate"
+        )
     if train.max_steps is None and train.epochs > EPOCHS:
         found.append(
             f"train.epochs={train.epochs:g}: past {EPOCHS:g} epochs a model mostly memorises; watch eval_loss"

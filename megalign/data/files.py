@@ -1,4 +1,4 @@
-"""Files to values, each with its line: JSON lines and arrays, text, CSV, Parquet, Arrow, folders of `datasets`.
+"""Files to values, each with its line: JSON lines and arrays, text, CSV, Parquet, Arrow, and folders of them.
 
 A file that cannot be read as a whole raises DataError; what spoils one row only comes out as `Unusable`. Lines
 are counted from 1; where a file has none (Parquet, Arrow, CSV with quoted newlines), rows are.
@@ -18,38 +18,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from megalign.data.kinds import FOLDER, data_files, kind
 from megalign.data.rows import DataError, Unusable
 
-KINDS = (".jsonl", ".json", ".txt", ".csv", ".parquet", ".arrow")
-FOLDER = "folder"  # what `datasets` writes with save_to_disk
 _SPACE = re.compile(r"[ \t\r\n]*")
 CHUNK = 2**20  # bytes of a JSON array read at a time
 LONGEST_ROW = 2**28  # characters of one element; past it a string that nobody closed is likelier
 _CUT_OFF = 16  # characters before the end of what was read in which an error may be the cut's: a word, an escape
 _ROWS = 1024  # of a columnar file, decoded at once
-
-
-def kind(path: Path) -> str:
-    """One of KINDS, whether or not .gz follows, or FOLDER; DataError for another."""
-    if path.is_dir():
-        return FOLDER
-    inner = path.with_suffix("") if path.suffix.lower() == ".gz" else path
-    if inner.suffix.lower() not in KINDS or (inner != path and inner.suffix.lower() in (".parquet", ".arrow")):
-        raise DataError(
-            f"{path}: unknown kind of file; known: {', '.join(KINDS)}, the first four also with .gz, "
-            "and a folder that `datasets` saved"
-        )
-    return inner.suffix.lower()
-
-
-def is_data(path: Path) -> bool:
-    """Whether there is a file or a saved folder that `values` reads, by its name alone."""
-    try:
-        if kind(path) == FOLDER:
-            return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
-    except DataError:
-        return False
-    return path.is_file()
 
 
 def values(path: Path) -> Iterator[tuple[int, Any]]:
@@ -253,25 +229,9 @@ def _decoded(path: Path, batches: Iterator[Any]) -> Iterator[Any]:
 
 
 def _folder_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """A saved data set; of one with splits its `train`, or the only one (name another as FOLDER/SPLIT)."""
-    splits, state = path / "dataset_dict.json", path / "state.json"
-    try:
-        if splits.is_file():
-            names = json.loads(splits.read_text(encoding="utf-8"))["splits"]
-            chosen = "train" if "train" in names else names[0] if len(names) == 1 else None
-            if chosen is None:
-                raise DataError(f"{path}: holds the splits {', '.join(names)}; name one, e.g. {path / names[0]}")
-            yield from _folder_rows(path / chosen)
-            return
-        files = [path / part["filename"] for part in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
-    except FileNotFoundError:
-        raise DataError(
-            f"{path}: no file, and no folder that `datasets` saved (it has no state.json or dataset_dict.json)"
-        ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: the folder's JSON is broken ({error!r})") from error
+    """The rows of a data set's files, one file after the other."""
     row = 0
-    for file in files:
-        for _, value in _arrow_rows(file):
+    for file in data_files(path):
+        for _, value in values(file):
             row += 1
             yield row, value

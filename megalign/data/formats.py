@@ -32,7 +32,8 @@ from pathlib import Path
 from typing import Any
 
 from megalign.data import judged, questions
-from megalign.data.files import kind, values
+from megalign.data.files import values
+from megalign.data.kinds import kind
 from megalign.data.rows import (
     AnyRow,
     BadRow,

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.text import Text
 
 from megalign.data.encode import plain_texts
-from megalign.data.files import is_data
 from megalign.data.formats import announcement, detect, for_training, read_records, read_rows
+from megalign.data.kinds import is_data
 from megalign.data.rows import BadRow, DataError
 from megalign.data.tokenizer import Tokenizer, train_tokenizer
 

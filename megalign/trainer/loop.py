@@ -3,53 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
-from megalign.data.dataset import Dataset
 from megalign.data.mixture import MixtureSampler
 from megalign.parallel.preempt import Preempted, StopSignals
 from megalign.parallel.schedule import any_rank
-from megalign.trainer.checkpoints import Checkpoints
-from megalign.trainer.engine import Engine
-from megalign.trainer.metrics import NullLogger
 from megalign.trainer.mfu import Speed
-from megalign.trainer.objective import Objective
 from megalign.trainer.profile import Instruments
-from megalign.trainer.training import Monitor, Progress, Training
+from megalign.trainer.training import Progress, Training
 
 
-def fit(
-    engine: Engine,
-    train: Dataset,
-    validation: Dataset,
-    objective: Objective,
-    *,
-    log: NullLogger,
-    checkpoints: Checkpoints,
-    instruments: Instruments,
-    identity: dict[str, Any],
-    resume_from: Path | None,
-    flops_per_token: float,
-    peak_flops: float,
-    stop: StopSignals,
-    generate: Callable[[int], dict[str, float]] | None = None,
-    monitors: Mapping[str, Monitor] | None = None,
-) -> Progress:
+def fit(run: Training, *, instruments: Instruments, speed: Speed, resume_from: Path | None, stop: StopSignals) -> Progress:
     """Train to the end of the recipe, or until a stopping rule holds; return where the run stands.
-
-    generate: called with the step at each evaluation, on every rank; its metrics are logged with the loss.
-    monitors: of the algorithm; each sees every step.
 
     Raises TrainingStopped (a guard) and CheckpointError (a full disk); the last complete checkpoint stays. Raises
     Preempted on every rank, with the step saved, once one of them has received a stop signal.
     """
-    run = Training(
-        engine, train, validation, objective, log=log, checkpoints=checkpoints, identity=identity, generate=generate, monitors=monitors
-    )
-    config, grid = engine.recipe.train, engine.grid
-    speed = Speed(flops_per_token, peak_flops, log)
+    engine, grid, log, checkpoints, config = run.engine, run.grid, run.log, run.checkpoints, run.config
     started = time.monotonic()
     if resume_from is not None:
         run.resume(resume_from)
@@ -102,12 +72,12 @@ def fit(
     engine.audit.close(run.progress.step, log)
     instruments.close(run.progress.step)
     engine.phases.watched = False
-    _say_why_it_ended(run, log)
+    _say_why_it_ended(run)
     return run.progress
 
 
-def _say_why_it_ended(run: Training, log: NullLogger) -> None:
-    at, config = run.progress.step, run.config
+def _say_why_it_ended(run: Training) -> None:
+    at, config, log = run.progress.step, run.config, run.log
     if isinstance(run.batches.sampler, MixtureSampler):
         log.event(at, "mixture", run.batches.sampler.describe())
     if run.stopped_improving():

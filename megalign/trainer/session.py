@@ -24,7 +24,7 @@ from megalign.trainer.engine import Engine
 from megalign.trainer.finish import finish, generation_metrics
 from megalign.trainer.hang import hang_watch
 from megalign.trainer.loop import fit
-from megalign.trainer.mfu import flops_per_token, world_peak_flops
+from megalign.trainer.mfu import Speed, flops_per_token, world_peak_flops
 from megalign.trainer.objective import Objective
 from megalign.trainer.profile import Instruments
 from megalign.trainer.run import (
@@ -36,7 +36,7 @@ from megalign.trainer.run import (
     identity,
     open_logger,
 )
-from megalign.trainer.training import Monitor
+from megalign.trainer.training import Monitor, Training
 
 
 @dataclass
@@ -97,22 +97,20 @@ class Session:
                 Checkpoints(engine, run.checkpoints, log, lambda folder: train.tokenizer.save(folder / "tokenizer")) as checkpoints,
                 StopSignals() as stop,
             ):
-                progress = fit(
+                training = Training(
                     engine,
                     train,
                     validation,
                     algorithm.objective,
                     log=log,
                     checkpoints=checkpoints,
-                    instruments=instruments,
                     identity=self.identity,
-                    resume_from=self.resume_from,
-                    flops_per_token=flops_per_token(recipe.model, counts, train.statistics),
-                    peak_flops=world_peak_flops(self.world, recipe.train.precision),
                     generate=(lambda step: generation_metrics(engine, run, validation)) if recipe.train.eval_prompts else None,
                     monitors=algorithm.monitors,
-                    stop=stop,
                 )
+                flops = flops_per_token(recipe.model, counts, train.statistics)
+                speed = Speed(flops, world_peak_flops(self.world, recipe.train.precision), log)
+                progress = fit(training, instruments=instruments, speed=speed, resume_from=self.resume_from, stop=stop)
             finish(engine, run, train, validation, progress, counts, log, seconds=time.monotonic() - self.started)
             if algorithm.at_end is not None:
                 algorithm.at_end(progress.step)

@@ -81,7 +81,11 @@ def logged(metrics: dict[str, float]) -> dict[str, float]:
 
 
 class Training:
-    """Engine, data, objective and guards of one run. `generate`, `monitors`: see `fit`."""
+    """Engine, data, objective and guards of one run.
+
+    generate: called with the step at each evaluation, on every rank; its metrics are logged with the loss.
+    monitors: of the algorithm; each sees every step.
+    """
 
     def __init__(
         self,

@@ -73,6 +73,7 @@ def test_steps_of_a_run(rows, batch, epochs, remainder, steps):
 
 
 QUIET = {"model": {"init_from": "folder"}, "optimizer": {"lr": 2e-5, "lr_warmup_steps": 5}, "train": {"max_steps": 100}}
+FROM_SCRATCH = {"lr": 1e-3, "lr_warmup_steps": 5}
 
 
 def test_a_usual_recipe_has_no_warnings():
@@ -90,10 +91,11 @@ def test_a_usual_recipe_has_no_warnings():
         ({"optimizer": {"lr": 2e-5, "lr_warmup_steps": 11}}, "11% of 100 steps"),
         ({"optimizer": {"lr": 2e-5}}, "optimizer.lr_warmup_steps=0 is 0% of 100 steps"),
         ({"data": {"sequence_length": 8192}}, "beyond model.max_position_embeddings=4096"),
-        ({"model": {"hidden_dropout": 0.1}}, "depend on the parallel layout"),
+        ({"model": {}}, "model.init_from=null: the weights are random, and optimizer.lr=2e-05 is a rate of fine-tuning"),
+        ({"model": {"hidden_dropout": 0.1}, "optimizer": FROM_SCRATCH}, "depend on the parallel layout"),
         ({"parallel": {"overlap_param_gather": True}}, "all parameters are one bucket"),
-        ({"model": {"num_moe_experts": 4}}, "moe_aux_loss_coeff=0"),
-        ({"model": {"num_moe_experts": 4, "moe_aux_loss_coeff": 0.01, "moe_expert_capacity_factor": 0.5}}, "capacity_factor=0.5"),
+        ({"model": {"num_moe_experts": 4}, "optimizer": FROM_SCRATCH}, "moe_aux_loss_coeff=0"),
+        ({"model": {"num_moe_experts": 4, "moe_aux_loss_coeff": 0.01, "moe_expert_capacity_factor": 0.5}, "optimizer": FROM_SCRATCH}, "capacity_factor=0.5"),
     ],
 )
 def test_a_warning_alone(change, words):

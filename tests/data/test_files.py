@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from megalign.data import files
 from megalign.data.files import values
 from megalign.data.formats import FORMATS, announcement, detect, for_training, read_records, read_rows
+from megalign.data.kinds import is_data
 from megalign.data.rows import BadRow, Conversation, DataError, Message, PreferencePair
 
 HI = [{"messages": [{"role": "user", "content": f"Hi {n}"}, {"role": "assistant", "content": "Grüße 🙂"}]} for n in range(2500)]
@@ -108,6 +109,40 @@ def test_broken_columnar_files(tmp_path, name):
     (tmp_path / name).write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     with pytest.raises(DataError, match=f"{name}: cannot be read"):
         list(read_rows(tmp_path / name, "messages"))
+
+
+def hub(folder, **files):
+    """A data set as the hub stores it; `train_00` is data/train-00000.parquet."""
+    for name, rows in files.items():
+        path = folder / "data" / f"{name.replace('_', '-')}000.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pyarrow.parquet.write_table(table(rows), path)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    (folder / "dataset_infos.json").write_text("{}")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "train.jsonl").write_text("{}")
+    return folder
+
+
+def test_data_sets_of_the_hub(tmp_path):
+    folder = hub(tmp_path / "a", test_00=HI[:5], train_01=HI[1000:], train_00=HI[:1000])
+    assert is_data(folder) and detect(folder) == "messages" and messages(folder) == WANTED
+    folder = hub(tmp_path / "b", validation_00=HI[:7])
+    assert messages(folder) == WANTED[:7]  # the only one
+    hub(tmp_path / "c", validation_00=HI[:7], test_00=HI[:5])
+    with pytest.raises(DataError, match=r"holds the splits test, validation; name the files of one, e.g. .*test-00000.parquet"):
+        list(values(tmp_path / "c"))
+    (tmp_path / "d" / "en").mkdir(parents=True)
+    (tmp_path / "d" / "contrain.jsonl").write_text(json.dumps(HI[0]))  # a word that only contains a split's name
+    (tmp_path / "d" / "en" / "dev.jsonl").write_text(json.dumps(HI[1]))
+    assert messages(tmp_path / "d") == WANTED[:1]
+    (tmp_path / "d" / "en" / "train.jsonl").write_text(json.dumps(HI[2]))
+    with pytest.raises(DataError, match=r"holds several data sets, in ., en; name one"):
+        list(values(tmp_path / "d"))
+    (tmp_path / "d" / "en" / "training.csv").write_text("text\na")
+    with pytest.raises(DataError, match=r"holds files of several kinds \(.csv, .jsonl\)"):
+        list(values(tmp_path / "d" / "en"))
+    assert not is_data(tmp_path / "a" / ".cache" / "nothing")
 
 
 def test_a_folder_that_is_no_data_set(tmp_path):

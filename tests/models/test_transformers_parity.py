@@ -95,14 +95,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
-def transformers_step(name: str, documents: list[torch.Tensor], gradient_folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+def has_experts(name: str) -> bool:
+    return any(key in MODELS[name][1] for key in ("num_local_experts", "n_routed_experts"))
+
+
+def transformers_step(name: str, documents: list[torch.Tensor], gradient_folder: Path, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [T, V], log-probabilities of each document's next tokens [N], and the gradients of their sum, saved
-    by transformers as if they were weights. Dense models in float64, so that a difference is ours: in FP32 the two
-    roundings of a nearly cancelling gradient (queries before a softmax) add up to more than either. transformers'
-    experts mix FP32 into float64 and raise, so they stay in FP32."""
-    model = random_model(name)
-    if not any(getattr(model.config, key, None) for key in ("num_local_experts", "num_experts", "n_routed_experts")):
-        model = model.double()
+    by transformers as if they were weights."""
+    model = random_model(name).to(dtype)
     logits = [model(document[None]).logits[0] for document in documents]
     logprobs = [row[:-1].log_softmax(-1).gather(-1, tokens[1:, None])[:, 0] for row, tokens in zip(logits, documents)]
     torch.cat(logprobs).sum().backward()
@@ -118,7 +118,8 @@ def gradient_of(parameter: Any) -> torch.Tensor:
 
 
 def differences(names: list[str], folder: Path) -> dict[str, dict[str, float]]:
-    """For each model: the largest difference of logits, of log-probabilities and of gradients (relative)."""
+    """For each model: the largest difference of logits, of log-probabilities and of gradients (relative to the largest of
+    the parameter) from transformers in FP32, and of a dense model from transformers in float64."""
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     from megalign.models.build import build_chunks
@@ -140,7 +141,6 @@ def differences(names: list[str], folder: Path) -> dict[str, dict[str, float]]:
     ends = torch.tensor([0, *torch.tensor(DOCUMENTS).cumsum(0).tolist()], dtype=torch.int32)
     found = {}
     for name in names:
-        expected_logits, expected_logprobs = transformers_step(name, documents, folder / f"{name}_gradients")
         weights = read_hf(folder / name)
         model = ModelConfig.model_validate(model_config_from_hf(weights.config))
         chunks: Any = build_chunks(model, grid, VOCAB)
@@ -155,22 +155,36 @@ def differences(names: list[str], folder: Path) -> dict[str, dict[str, float]]:
         without = [(key, torch.zeros(model.num_moe_experts or 0)) for key in conversion.megatron_names if key.endswith("expert_bias")]
         named = conversion.to_hf([*stream_full(chunks, grid, value=gradient_of), *without])
         gradients = {key: value for key, value in named if not key.endswith("e_score_correction_bias")}  # it has none
-        expected = {key: value for key, value in read_hf(folder / f"{name}_gradients").items() if key in gradients}
-        assert gradients.keys() == {key for key in read_hf(folder / f"{name}_gradients") if "correction_bias" not in key}
-        relative = {key: (gradients[key] - expected[key]).abs().max() / expected[key].abs().max() for key in gradients}
-        zero = [key for key in gradients if expected[key].abs().max() <= 1e-3]
-        assert not zero, f"a gradient that is zero proves nothing: {zero}"
-        found[name] = {
-            "logits": (logits - expected_logits).abs().max().item(),
-            "logprobs": (logprobs - expected_logprobs).abs().max().item(),
-            "gradients": max(relative.values()).item(),
-        }
+        found[name] = {}
+        for dtype, suffix in ((torch.float32, ""), (torch.float64, " in float64"))[: 1 if has_experts(name) else 2]:
+            gradient_folder = folder / f"{name}_{dtype}"
+            expected_logits, expected_logprobs = transformers_step(name, documents, gradient_folder, dtype)
+            of_all = dict(read_hf(gradient_folder).items())
+            assert gradients.keys() == {key for key in of_all if "correction_bias" not in key}
+            largest = {key: of_all[key].abs().max() for key in gradients}
+            zero = [key for key in gradients if largest[key] <= 1e-3]
+            assert not zero, f"a gradient that is zero proves nothing: {zero}"
+            found[name] |= {
+                f"logits{suffix}": (logits - expected_logits).abs().max().item(),
+                f"logprobs{suffix}": (logprobs - expected_logprobs).abs().max().item(),
+                f"gradients{suffix}": max((gradients[key] - of_all[key]).abs().max() / largest[key] for key in gradients).item(),
+            }
     return found
 
 
 def test_logits_logprobs_and_gradients_equal_transformers(folders: dict[str, Path]) -> None:
+    """1e-5 throughout, with one exception that is not hidden: FP32 gradients of dense models against FP32.
+
+    There both sides round, and where a gradient nearly cancels (the bias of Qwen2's queries, before a softmax) the two
+    roundings add up: 1.28e-5 was seen, of which 8.2e-6 is ours and 4.5e-6 transformers'. So each dense model is held to
+    1e-5 of transformers in float64, where no rounding but ours is left, which is the stricter statement, and in FP32 to
+    2e-5, the sum of two errors of 1e-5. Models with experts are held to 1e-5 in FP32: transformers' experts mix FP32 into
+    float64 and raise. The float64 oracle replaced the FP32 one after the 1.28e-5 was seen; no tolerance of ours moved.
+    """
     (found,) = run_ranks(differences, 1, list(MODELS), next(iter(folders.values())).parent)
-    too_far = {name: of_model for name, of_model in found.items() if max(of_model.values()) > 1e-5}
+    limits = {name: {what: 2e-5 if what == "gradients" and not has_experts(name) else 1e-5 for what in of_model} for name, of_model in found.items()}
+    assert all(("gradients in float64" in of_model) is not has_experts(name) for name, of_model in found.items())
+    too_far = {name: of_model for name, of_model in found.items() if any(value > limits[name][what] for what, value in of_model.items())}
     assert too_far == {}
 
 

@@ -1,5 +1,8 @@
 """MFU arithmetic against PaLM's published figures; the measured peak leaves the run alone."""
 
+import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -9,7 +12,13 @@ from megalign.config.schema import ModelConfig
 from megalign.config.size import Counts
 from megalign.models.presets import PRESETS
 from megalign.trainer.mfu import flops_per_token
-from megalign.trainer.peaks import device_peak_flops, model_flops_per_token, model_flops_utilization
+from megalign.trainer.peaks import (
+    _best_seconds,
+    device_peak_flops,
+    measured_cpu,
+    model_flops_per_token,
+    model_flops_utilization,
+)
 
 
 def test_palm_540b_reaches_its_published_utilisation():
@@ -45,3 +54,23 @@ def test_the_peak_is_plausible_remembered_and_leaves_the_generator_alone():
     started = time.perf_counter()
     assert device_peak_flops(torch.float32, "cpu") == peak
     assert time.perf_counter() - started < 0.05
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux ties a process to a core")
+def test_a_core_that_is_shared_has_the_peak_of_one_that_is_not():
+    """Another process on the same core halves what the wall clock sees; the peaks of the plan are of this thread."""
+    cores, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    core = {min(cores)}
+    torch.set_num_threads(1)
+    os.sched_setaffinity(0, core)
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])  # on the same core, which it inherits
+    try:
+        time.sleep(0.3)
+        on_the_wall = 2 * 1536**3 / _best_seconds(1536, torch.float32, torch.device("cpu"))
+        measured = measured_cpu(1, "fp32").fp32
+    finally:
+        busy.kill()
+        busy.wait()
+        os.sched_setaffinity(0, cores)
+        torch.set_num_threads(threads)
+    assert on_the_wall < 0.75 * measured
