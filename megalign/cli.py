@@ -386,6 +386,7 @@ def _resolved(recipe: Recipe) -> Recipe:
 
 
 def _start(command: str, recipe: Recipe) -> None:
+    from megalign.config.errors import ConfigError, Problem
     from megalign.config.layout import world_size_of
     from megalign.config.rules import check
     from megalign.parallel.init import in_distributed_launch
@@ -394,6 +395,10 @@ def _start(command: str, recipe: Recipe) -> None:
     ranks = world_size_of(recipe)
     if not in_distributed_launch():
         check(recipe, ranks)
+        try:
+            Path(recipe.output).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError([Problem("output", f"this folder cannot be made ({error.strerror})", "choose another", recipe.output)]) from None
 
     def work(world: Any) -> None:
         if command == "dpo":

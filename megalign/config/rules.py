@@ -129,8 +129,11 @@ def profile(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
 
 
 def sources(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
-    """A mixture stands in the place of data.train; its curriculum speaks of its sources."""
+    """A mixture stands in the place of data.train; its curriculum speaks of its sources; a list of files is not empty."""
     data = recipe.data
+    for key, files in (("train", data.train), ("validation", data.validation), *(("mixture", source.path) for source in data.mixture or [])):
+        if files == []:
+            yield Problem(f"data.{key}", "names no file", "give one, or several", files)
     if data.mixture is not None:
         names = [source.name for source in data.mixture]
         if len(set(names)) < len(names):

@@ -78,6 +78,8 @@ def tokenizer_from(
     for name, (size, count) in (("trained on", trained), (f"held out (every {HELD_OUT}th text)", unseen)):
         if count:
             console.print(Text(f"  {name}: {size:,} bytes, {count:,} tokens, {size / count:.2f} bytes per token"))
+    if not unseen[0]:
+        console.print(Text(f"  nothing was held out: the files hold fewer than {HELD_OUT} texts", style="yellow"))
     return tokenizer
 
 

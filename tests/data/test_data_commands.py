@@ -66,6 +66,9 @@ def test_a_tokenizer_is_trained_and_measured_on_text_it_has_not_seen(tmp_path):
         size = sum(len(text.encode()) for text in texts)
         count = sum(len(ids) for ids in oracle(texts, add_special_tokens=False)["input_ids"])
         assert f"{name}: {size:,} bytes, {count:,} tokens, {size / count:.2f} bytes per token" in output
+    assert "nothing was held out" not in output
+    (tmp_path / "one.txt").write_text("One text alone.")
+    assert "nothing was held out: the files hold fewer than 20 texts" in call("tokenizer", tmp_path / "one.txt", "--output", tmp_path / "one")[0]
     loaded = load_tokenizer(tmp_path / "t")
     assert loaded.template.name == "llama3" and len(loaded.encode("<think>")) == 1
     with pytest.raises(DataError, match="exists and is not empty; choose another folder"):

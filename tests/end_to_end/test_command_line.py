@@ -54,6 +54,8 @@ ERRORS = {
     "missing file": (["data.train=nowhere.jsonl"], "nowhere.jsonl"),
     "empty file": (["data.train={tmp}/empty.jsonl"], "empty.jsonl: the file holds no rows"),
     "wrong format": (["data.train={tmp}/wrong.jsonl"], "wrong.jsonl"),
+    "no file": (["data.train=[]"], "data.train=[]: names no file"),
+    "an output that cannot be": (["output=/proc/nowhere"], "output=/proc/nowhere: this folder cannot be made"),
     "a world that does not fit": (["parallel.tensor_model_parallel_size=3"], "tensor_model_parallel_size(3)"),
 }
 
