@@ -1,12 +1,13 @@
 """CPU seconds of a training step against sequence length, layers, experts and ranks, with the plan's prediction beside them.
 
-    python benchmarks/plan/run.py [--steps 4]
+    python benchmarks/plan/run.py [--steps 4] [--only "data-parallel ranks"]
 
 Each point is a real step of megalign's engine in processes of their own. Counted are CPU seconds of a rank, so that
 what else the machine does matters little; waiting for other ranks is not in them. The peaks of a core (matmul, memory
 copy, loopback, an operation) are measured by the same processes before and after each point, and the best of both
 count, as the fastest of the steps does. One step of each kind of model is profiled: which operations take its time.
-Writes benchmarks/results/plan_cost.json, docs/plan-cost.svg and docs/plan-cost.md.
+Writes benchmarks/results/plan_cost.json, docs/plan-cost.svg and docs/plan-cost.md; with --only, the other sweeps stay as
+they were measured before.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "plan_cost.json"
 BASE = {"num_layers": 4, "hidden_size": 256, "ffn_hidden_size": 768, "num_attention_heads": 4, "num_query_groups": 2}
 EXPERTS = {"moe_ffn_hidden_size": 256, "moe_router_topk": 2, "moe_aux_loss_coeff": 0.01}
 VOCABULARY = 2048
@@ -47,14 +49,16 @@ svg { font: 12px system-ui, sans-serif; background: #fff; } text { fill: #555; }
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--only", nargs="+", choices=list(SWEEPS), default=list(SWEEPS), help="sweeps to measure")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         worker(json.loads(arguments.worker), arguments.steps)
         return
-    sweeps: dict[str, list[dict[str, Any]]] = {}
-    for name, points in SWEEPS.items():
-        sweeps[name] = []
+    before = json.loads(RESULTS.read_text())["sweeps"] if set(arguments.only) < set(SWEEPS) else {}
+    sweeps: dict[str, list[dict[str, Any]]] = {name: before[name] for name in SWEEPS if name in before}
+    for name in arguments.only:
+        points, sweeps[name] = SWEEPS[name], []
         for ranks in sorted({point.get("ranks", 1) for point in points}):
             sweeps[name] += measured([point for point in points if point.get("ranks", 1) == ranks], ranks, arguments.steps)
         for point in sweeps[name]:
@@ -67,7 +71,7 @@ def write(sweeps: dict[str, list[dict[str, Any]]]) -> None:
     machine = {"cpu": cpu(), "cores": len(os.sched_getaffinity(0)), "load_average": os.getloadavg(), "python": platform.python_version()}
     versions = {name: version(name) for name in ("torch", "megatron-core")}
     result = {"command": "python benchmarks/plan/run.py", "machine": machine, "versions": versions, "model": BASE, "sweeps": sweeps}
-    (ROOT / "benchmarks" / "results" / "plan_cost.json").write_text(json.dumps(result, indent=1) + "\n")
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     (ROOT / "docs" / "plan-cost.svg").write_text(drawing(sweeps))
     (ROOT / "docs" / "plan-cost.md").write_text(page(result))
 
