@@ -6,10 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-
-from megalign.parallel.init import device
 
 
 def wrap_data_parallel(
@@ -121,19 +118,18 @@ def sharded_optimizer(optimizer: Any, models: dict[str, Any], *, loading: bool, 
     ranks share out a small model. It has taken no step of its own, yet it is asked for one (distrib_optimizer.py:642: none
     is an assertion), and rank 0's answer is what every rank will load. It is told the step of the others.
     """
-    step = torch.tensor(max((_step_of(part) for part in parts_of(optimizer)), default=0.0), dtype=torch.float64, device=device())
-    dist.all_reduce(step, op=dist.ReduceOp.MAX)
     parts = parts_of(optimizer)
+    step = max((_step_of(part) for part in parts), default=0.0)  # rank 0 always has one: `freeze` leaves every stage something
     for part in parts:
         state = _inner(part).state
         if hasattr(part, "model_param_group_index_map") and all(key == NO_PARAMETER for key in state):
-            state[NO_PARAMETER] = {"step": torch.tensor(float(step))}  # torch keeps entries whose key is no parameter
+            state[NO_PARAMETER] = {"step": torch.tensor(step)}  # torch keeps entries whose key is no parameter
     stored = optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata)
     for part, of_part in zip(parts, _entries(optimizer, stored), strict=True):
         if MASTERS in of_part:  # groups by their number: a list that is empty here and not elsewhere cannot be merged (dict_utils.py:230)
             of_part[MASTERS] = {i: group for i, group in enumerate(of_part[MASTERS]) if group}
         if not loading and step > 0 and not hasattr(part, "model_param_group_index_map"):
-            of_part.get("optimizer", of_part)["state"].setdefault("common_step", torch.tensor(float(step)))
+            of_part.get("optimizer", of_part)["state"].setdefault("common_step", torch.tensor(step))
     return stored
 
 

@@ -74,7 +74,8 @@ class Shadow:
     @torch.no_grad()
     def update(self) -> None:
         """After an optimizer step."""
-        torch._foreach_lerp_(self.values, [entry.master.detach() for entry in self.owned], 1 - self.decay)
+        if self.owned:  # of a small model a rank may own nothing
+            torch._foreach_lerp_(self.values, [entry.master.detach() for entry in self.owned], 1 - self.decay)
 
     @torch.no_grad()
     def whole(self, parameter: Any) -> Tensor:
