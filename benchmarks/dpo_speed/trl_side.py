@@ -70,7 +70,7 @@ class TimedTrainer(DPOTrainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
 
-def rows_of(folder: Path, count: int | None) -> tuple[Dataset, Any]:
+def rows_of(folder: Path, count: int) -> tuple[Dataset, Any]:
     """Pairs as TRL has them after tokenisation, and the tokenizer."""
     rows, pairs = [], pairs_of(folder)
     for chosen, rejected in pairs.rows[:count]:
@@ -90,8 +90,7 @@ def rows_of(folder: Path, count: int | None) -> tuple[Dataset, Any]:
 def measure(folder: Path, mode: str, warmup: int, steps: int, threads: int) -> dict:
     """Train `warmup` + `steps` steps, time the latter."""
     torch.set_num_threads(threads)
-    # Grouping wants rows to choose among; in order, a pass over rows that no step sees would only take time.
-    rows, tokenizer = rows_of(folder, None if mode == "grouped" else (warmup + steps) * PAIRS)
+    rows, tokenizer = rows_of(folder, (warmup + steps) * PAIRS)  # a pass over rows that no step sees would only take time
     policy, reference = (AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, attn_implementation="sdpa") for _ in range(2))
     stopwatch = Stopwatch(warmup)
     with tempfile.TemporaryDirectory() as scratch:

@@ -60,7 +60,7 @@ def measure(folder: str, pairs: list[dict[str, Any]], scratch: str) -> dict[str,
 
     def values(modules: dict[str, Any], share: bool) -> tuple[list[float], float, float]:
         dpo, sequences = modules["dpo"], modules["models.sequences"]
-        forward = importlib.import_module("megalign.models.forward")
+        forward: Any = importlib.import_module("megalign.models.forward")
         kept = dpo.sequence_logprobs, forward.packed_sequences
         dpo.sequence_logprobs = sequences.sequence_logprobs
         context = modules["parallel.context"]

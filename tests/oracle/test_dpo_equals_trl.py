@@ -91,9 +91,10 @@ def moe_folder(folder: Path, vocab_size: int) -> None:
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
         vocab_size=vocab_size, hidden_size=64, intermediate_size=96, moe_intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, num_experts=4, num_experts_per_tok=2, norm_topk_prob=True, router_aux_loss_coef=0.0,
+        num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, norm_topk_prob=True, router_aux_loss_coef=0.0,
         max_position_embeddings=1024, tie_word_embeddings=False,
     )  # fmt: skip
+    config.head_dim = 16  # transformers' default is 128
     model = Qwen3MoeForCausalLM(config)
     for name, parameter in model.named_parameters():
         if "norm" in name:
