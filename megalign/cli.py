@@ -86,6 +86,12 @@ def dpo(
 
 
 @app.command()
+def kto(recipe: RecipeArgument, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Learn from single answers that are labelled desirable or not (kto.loss)."""
+    _train("kto", recipe, overrides or [], dry_run)
+
+
+@app.command()
 def validate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Check a recipe and its layout; print it with every default filled in."""
     from megalign.config.advice import warnings as advice
@@ -343,7 +349,7 @@ def _train(command: str, name: str, overrides: list[str], dry_run: bool) -> None
     if dry_run:
         from megalign.dry_run import dry_run as print_plan
 
-        print_plan(recipe, pairs=command == "dpo")
+        print_plan(recipe, command=command)
         return
     # torch and megatron-core make a million objects as they are imported, and no garbage: looking for it takes a fifth of the time.
     gc.disable()
@@ -403,6 +409,8 @@ def _start(command: str, recipe: Recipe) -> None:
     def work(world: Any) -> None:
         if command == "dpo":
             from megalign.dpo import dpo as run
+        elif command == "kto":
+            from megalign.kto import kto as run
         else:
             from megalign.sft import sft as run
         gc.freeze()  # what was imported stays: the collector need not look through it again

@@ -10,6 +10,7 @@ Rafailov et al., arXiv:2305.18290; each loss names its own source (`megalign/los
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from megalign.config.preference import REFERENCE_FREE, options
 from megalign.config.schema import Recipe
 from megalign.data.pairs import build_pairs
 from megalign.losses import preference as losses
-from megalign.losses.loss import Loss, PairLoss
+from megalign.losses.loss import Loss
 from megalign.losses.pairs import Pairs, PairTerms
 from megalign.models.sequences import sequence_logprobs, sequence_tokens
 from megalign.parallel.grid import Grid
@@ -72,8 +73,13 @@ def dpo(recipe: Recipe, world: World) -> None:
     """
     recipe = without_dropout(recipe)
     needs_reference = recipe.dpo.loss not in REFERENCE_FREE
-    session = open_session(recipe, world, build=build_pairs, identity=lambda r: {"reference": model_hash(reference_recipe(r))} if needs_reference else {})
+
+    def identity(recipe: Recipe) -> dict[str, str]:
+        return {"reference": model_hash(reference_recipe(recipe, recipe.dpo))} if needs_reference else {}
+
+    session = open_session(recipe, world, build=build_pairs, identity=identity)
     recipe, grid, train = session.recipe, session.grid, session.train
+    frozen = reference_recipe(recipe, recipe.dpo)
     notes, prepare = [], None
 
     if needs_reference and recipe.dpo.reference == "cached":
@@ -81,9 +87,9 @@ def dpo(recipe: Recipe, world: World) -> None:
         key |= {name: session.identity[name] for name in ("tokenizer", "template_hash")}
         folder = Path(recipe.dpo.reference_cache or session.run.path / "reference")
         sets = {"train": train, "validation": session.validation}
-        notes.append(("reference", cache_reference(recipe, grid, session.vocab_size, folder, key, sets)))
+        notes.append(("reference", cache_reference(frozen, grid, session.vocab_size, folder, key, sets)))
     elif needs_reference:
-        prepare = ReferenceModel(recipe, grid, session.vocab_size).prepare
+        prepare = ReferenceModel(frozen, grid, session.vocab_size).prepare
 
     engine = Engine(recipe, grid, session.vocab_size)
     if needs_reference and session.resume_from is None and recipe.dpo.reference_from is None:
@@ -122,10 +128,11 @@ def sides(of_documents: Tensor) -> tuple[Tensor, Tensor]:
     return of_documents[0::2], of_documents[1::2]
 
 
-def shared_over_context(loss: PairLoss, grid: Grid) -> PairLoss:
+def shared_over_context(loss: Loss, grid: Grid) -> Loss:
     """A rank's share of a loss that all context-parallel ranks compute alike (see `sum_over_context`)."""
     share = 1 / grid.context.size
-    return PairLoss(loss.sum * share, loss.count, {name: value * share for name, value in loss.metrics.items()})
+    ratios = {name: (total * share, count * share) for name, (total, count) in loss.ratios.items()}
+    return replace(loss, sum=loss.sum * share, metrics={name: value * share for name, value in loss.metrics.items()}, ratios=ratios)
 
 
 def pair_weight(batch: Batch) -> float:

@@ -9,19 +9,22 @@ from megalign.config.layout import world_size_of
 from megalign.config.plan import describe_plan
 from megalign.config.rules import check
 from megalign.config.schema import Recipe
+from megalign.data.answers import build_answers
 from megalign.data.dataset import build_datasets
 from megalign.data.pairs import build_pairs
 from megalign.data.preview import coloured
 from megalign.models.resolve import resolve_model
 
+BUILD = {"dpo": build_pairs, "kto": build_answers}  # what the other commands build: conversations
 
-def dry_run(recipe: Recipe, console: Console | None = None, *, pairs: bool = False) -> None:
-    """Check the recipe, read the data, print the plan and the first row (pairs: both sides). Imports no model code."""
+
+def dry_run(recipe: Recipe, console: Console | None = None, *, command: str = "sft") -> None:
+    """Check the recipe, read the data, print the plan and the first row (of a pair both sides). Imports no model code."""
     recipe = resolve_model(recipe)
     ranks = world_size_of(recipe)
     check(recipe, ranks)
-    train, _ = (build_pairs if pairs else build_datasets)(recipe)
+    train, _ = BUILD.get(command, build_datasets)(recipe)
     facts = {**train.statistics, "vocab_size": train.tokenizer.vocab_size}
-    shown = train.rows[0][: 2 if pairs else 1] if len(train) else []
+    shown = train.rows[0][: 2 if command == "dpo" else 1] if len(train) else []
     first = Text("\n").join(coloured(example, train.tokenizer) for example in shown) if shown else Text("(no rows)")
     (console or Console(highlight=False)).print(describe_plan(recipe, ranks, facts, first))

@@ -19,7 +19,7 @@ LAYERS = [
     ["megalign.data"],
     ["megalign.models", "megalign.rollout", "megalign.report", "megalign.chat", "megalign.dry_run", "megalign.doctor"],
     ["megalign.trainer"],
-    ["megalign.sft", "megalign.dpo", "megalign.sweep", "megalign.implicit", "megalign.audit", "megalign.serving", "megalign.average", "megalign.planner"],
+    ["megalign.sft", "megalign.dpo", "megalign.kto", "megalign.sweep", "megalign.implicit", "megalign.audit", "megalign.serving", "megalign.average", "megalign.planner"],
     ["megalign.tools"],
     ["megalign.cli", "megalign.__main__"],
 ]

@@ -251,7 +251,15 @@ class LoggingConfig(Section):
     report: bool = True
 
 
-class DPOConfig(Section):
+class ReferenceConfig(Section):
+    """What the policy is compared with."""
+
+    reference: Literal["cached", "model"] = Field(default="cached", description="cached: one pass over the data before training; model: a second model in memory")
+    reference_from: str | None = Field(default=None, description="Hugging Face folder, or run of ours, of the reference; default: what the policy starts from")
+    reference_cache: str | None = Field(default=None, description="folder of the reference's log-probs, e.g. shared by runs with other betas; default: reference/ in output")
+
+
+class DPOConfig(ReferenceConfig):
     """`megalign dpo`: which loss on pairs, and what it is compared with. Options left out have the loss's own default."""
 
     loss: Literal[
@@ -264,11 +272,17 @@ class DPOConfig(Section):
     nll_weight: float | None = Field(default=None, ge=0, description="rpo, cpo: weight of -log p of the chosen answer; default 1")
     reward_shift: float | None = Field(default=None, description="bco_pair: constant taken from both rewards; default 0")
     tau: float | None = Field(default=None, gt=0, description="discopop: width of the blend; default 0.05")
-    reference: Literal["cached", "model"] = Field(default="cached", description="cached: one pass over the data before training; model: a second model in memory")
-    reference_from: str | None = Field(default=None, description="Hugging Face folder, or run of ours, of the reference; default: what the policy starts from")
-    reference_cache: str | None = Field(default=None, description="folder of the reference's log-probs, e.g. shared by runs with other betas; default: reference/ in output")
     share_prompt: bool = Field(default=True, description="both answers attend to one copy of their prompt, where that saves work and is exact")
     on_collapse: Literal["warn", "stop"] = Field(default="warn", description="when chosen answers become less likely while the loss falls")
+
+
+class KTOConfig(ReferenceConfig):
+    """`megalign kto`: which loss on answers that are labelled desirable or not."""
+
+    loss: Literal["kto", "apo_zero_unpaired"] = Field(default="kto", description="apo_zero_unpaired: KTO without its baseline")
+    beta: float = Field(default=0.1, gt=0, description="strength of the reference")
+    desirable_weight: float = Field(default=1.0, ge=0, description="of the loss of desirable answers; raise it where they are few")
+    undesirable_weight: float = Field(default=1.0, ge=0, description="of the loss of the others")
 
 
 class AuditConfig(Section):
@@ -291,5 +305,6 @@ class Recipe(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     dpo: DPOConfig = DPOConfig()
+    kto: KTOConfig = KTOConfig()
     audit: AuditConfig = AuditConfig()
     logging: LoggingConfig = LoggingConfig()

@@ -20,7 +20,7 @@ from megalign.data.encode import check_template, plain_texts
 from megalign.data.once import build_once
 from megalign.data.packs import OUTCOMES, REJECTED_SHOWN, Kept, Packs, write_packs
 from megalign.data.rows import BadRow, Conversation, DataError, Example, Row, TextRow
-from megalign.data.source import Source
+from megalign.data.source import Source, with_text
 from megalign.data.splits import Look, Piece, Split, listing, look_at, read_splits, read_validation
 from megalign.data.stream import Stream, open_stream
 from megalign.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -87,7 +87,7 @@ def tokenizer_of(recipe: Recipe) -> Tokenizer:
     """The recipe's tokenizer; training rows are read only if it must be trained."""
     if recipe.data.tokenizer.path or recipe.model.init_from:
         return make_tokenizer(recipe, ())
-    return make_tokenizer(recipe, read_splits(recipe)[0].rows)
+    return make_tokenizer(recipe, read_splits(recipe, take=with_text)[0].rows)
 
 
 def make_tokenizer(recipe: Recipe, rows: Iterable[Row]) -> Tokenizer:

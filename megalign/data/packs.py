@@ -123,7 +123,7 @@ def write_packs(part: Path, pieces: list[Piece], data: DataConfig, grain: int) -
             file.flush()
             os.fsync(file.fileno())
     statistics = {
-        **_account(pieces, capacity),
+        **account(pieces, capacity),
         "tokens": tokens,
         "scored_tokens": scored,
         "packs": count,
@@ -181,7 +181,7 @@ def _documents(before: int, table: np.ndarray, capacity: int, piece: int) -> np.
     return found
 
 
-def _account(pieces: list[Piece], capacity: int) -> dict[str, Any]:
+def account(pieces: list[Piece], capacity: int) -> dict[str, Any]:
     """What became of each row, in all and by source. Each is kept, bad or longer than fits."""
     per_source: dict[str, dict[str, Any]] = {}
     rejected: list[BadRow] = []

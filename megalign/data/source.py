@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from megalign.config.schema import DataConfig
 from megalign.data.formats import detect, for_training, read_records
 from megalign.data.once import build_once
-from megalign.data.rows import AnyRow, DataError, Row
+from megalign.data.rows import AnyRow, DataError, LabelledResponse, Row
 
 GRAMMAR = "grammar"  # in the place of a file name: the built-in toy dialogues
 GRAMMAR_ROWS = 10_000  # where data.max_rows gives no number
@@ -43,6 +43,11 @@ Take = Callable[[AnyRow], Sequence[Any]]  # what is learnt from: none, one or se
 def supervised(row: AnyRow) -> list[Row]:
     """The dialogue to imitate."""
     return [for_training(row)]
+
+
+def with_text(row: AnyRow) -> list[Row]:
+    """A dialogue to train a tokenizer on: answers that are labelled undesirable too."""
+    return [for_training(replace(row, label=True) if isinstance(row, LabelledResponse) else row)]
 
 
 def open_source(name: str, data: DataConfig, limit: int | None, seed: int, *, held_out: bool, take: Take = supervised) -> Source:

@@ -42,12 +42,26 @@ def kto_loss(
 
 
 def apo_zero_unpaired_loss(
-    logprobs_N: Tensor, ref_logprobs_N: Tensor, desirable_N: Tensor, *, beta: float = 0.1, weights_N: Tensor | None = None
+    logprobs_N: Tensor,
+    ref_logprobs_N: Tensor,
+    desirable_N: Tensor,
+    *,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    weights_N: Tensor | None = None,
 ) -> AnswerLoss:
-    """1 - sigma(beta r) for desirable answers, sigma(beta r) for others (arXiv:2408.06266, eq. 7, unpaired)."""
-    rewards = beta * (logprobs_N - ref_logprobs_N)
-    losses = torch.sigmoid(torch.where(desirable_N, -rewards, rewards))
-    return _answer_loss(losses, rewards, logprobs_N, desirable_N, weights_N)
+    """w_d (1 - sigma(beta r)) for desirable answers, w_u sigma(beta r) for others (arXiv:2408.06266, eq. 7, unpaired): KTO with z = 0."""
+    return kto_loss(
+        logprobs_N,
+        ref_logprobs_N,
+        desirable_N,
+        0.0,
+        beta=beta,
+        desirable_weight=desirable_weight,
+        undesirable_weight=undesirable_weight,
+        weights_N=weights_N,
+    )
 
 
 def _answer_loss(losses: Tensor, rewards: Tensor, logprobs: Tensor, desirable: Tensor, weights: Tensor | None) -> AnswerLoss:

@@ -116,7 +116,7 @@ def _samples(samples: list[Row]) -> list[tuple[int, list[Row]]]:
         prompt = sample.get("prompt")
         turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
         turns = [turn for turn in turns if isinstance(turn, dict)]
-        sample = {"exact_match": None, "reference": None, "response": None, "chosen": None, "rejected": None, **sample, "prompt": turns}
+        sample = {"exact_match": None, "reference": None, "response": None, "chosen": None, "rejected": None, "judged": None, **sample, "prompt": turns}
         steps.setdefault(sample.get("step", 0), []).append(sample)
     return sorted(steps.items(), reverse=True)
 

@@ -25,6 +25,7 @@ SMALL_CHARTS: tuple[tuple[str, str, Callable[[float], str], bool], ...] = (
     ("rewards/accuracies", "Pairs ranked as judged", percent, True),
     ("logps/chosen", "log p of chosen answers", number, False),
     ("logps/drift", "Distance from the reference, nats an answer", number, False),
+    ("kl", "KL of policy from reference, estimated", number, True),
     ("rewards/length_correlation", "Correlation of margin and length difference", number, False),
 )
 

@@ -68,9 +68,8 @@ class _Sums:
         return _Sums(values, self.count + other.count, self.tokens + other.tokens)
 
     def means(self, grad_norm: float = 0.0) -> StepResult:
-        means = {
-            name: value / (self.values.get(f"{name}#", self.count) or 1.0) for name, value in self.values.items() if not name.endswith("#")
-        }
+        named = {name: value for name, value in self.values.items() if not name.endswith("#") and self.values.get(f"{name}#") != 0}  # a mean of nothing is left out
+        means = {name: value / (self.values.get(f"{name}#", self.count) or 1.0) for name, value in named.items()}
         return StepResult(means.pop("loss"), int(self.tokens), means, grad_norm)
 
 
@@ -169,6 +168,7 @@ class Engine:
     def score(self, microbatches: Sequence[Batch], read: Callable[[Tensor, Batch], Tensor]) -> list[Tensor]:
         """`read` of what the last stage returns for each microbatch (last stage; none on the others). The model is left as it was."""
         modes = [chunk.training for chunk in self.chunks]
+        counting, self.experts.counting = self.experts.counting, False  # of routers: the step's own tokens alone
         for chunk in self.chunks:
             chunk.eval()
 
@@ -182,6 +182,7 @@ class Engine:
             outputs = forward_backward(
                 self.chunks, microbatches, forward_step, grid=self.grid, tokens_per_microbatch=len(microbatches[0].tokens), forward_only=True
             )
+        self.experts.counting = counting
         for chunk, mode in zip(self.chunks, modes):
             chunk.train(mode)
         return [part["found"] for part in outputs]

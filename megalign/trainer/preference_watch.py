@@ -1,6 +1,6 @@
 """Watchmen of preference optimisation: chosen answers that become less likely, rewards that follow length.
 
-Both look at means that the loop has anyway, keep the last steps, and are saved with a checkpoint.
+They look at means that the loop has anyway, keep the last steps, and are saved with a checkpoint.
 """
 
 from __future__ import annotations
@@ -58,6 +58,23 @@ class MarginCollapse:
         self._first = [tuple(row) for row in state["first"]]
         self._last = deque((tuple(row) for row in state["last"]), maxlen=self.window)
         self._fired = state["fired"]
+
+
+class RewardMargin:
+    """Mean reward of desirable answers less that of the others, where a step has both (as TRL's KTOTrainer logs it)."""
+
+    def observe(self, step: int, result: StepResult) -> tuple[dict[str, float], list[str]]:
+        """`rewards/margins`."""
+        names = ("rewards/chosen", "rewards/rejected")
+        if not all(name in result.metrics for name in names):
+            return {}, []
+        return {"rewards/margins": result.metrics[names[0]] - result.metrics[names[1]]}, []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
 
 
 class LengthBias:

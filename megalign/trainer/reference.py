@@ -1,6 +1,6 @@
 """The frozen reference of preference optimisation: a cached pass over the data, or a second model in memory.
 
-Both start from the files that the policy started from (or from dpo.reference_from), loaded on their own, never from the
+Both start from the files that the policy started from (or from reference_from), loaded on their own, never from the
 policy or its checkpoints: a resumed run keeps the reference it had. What they were made from is remembered as hashes of
 model, tokenizer, template and data; a difference is an error.
 """
@@ -20,10 +20,9 @@ import torch
 import torch.distributed as dist
 
 from megalign.batch import Batch
-from megalign.config.schema import Recipe
+from megalign.config.schema import Recipe, ReferenceConfig
 from megalign.data.cache import cache_folder
 from megalign.data.dataset import Dataset
-from megalign.data.pairs import PairRows
 from megalign.data.source import file_digest
 from megalign.models.resolve import own_checkpoint
 from megalign.models.sequences import sequence_logprobs, sequence_tokens
@@ -40,12 +39,12 @@ REF_LOGPROB = "ref_logprob"
 TOLERANCE = {"fp32": 1e-6, "bf16": 2e-2}
 
 
-def reference_recipe(recipe: Recipe) -> Recipe:
+def reference_recipe(recipe: Recipe, settings: ReferenceConfig) -> Recipe:
     """The recipe with the reference's weights as its start."""
-    if recipe.dpo.reference_from is None:
+    if settings.reference_from is None:
         return recipe
     changed = recipe.model_copy(deep=True)
-    changed.model.init_from = str(own_checkpoint(Path(recipe.dpo.reference_from)) or recipe.dpo.reference_from)
+    changed.model.init_from = str(own_checkpoint(Path(settings.reference_from)) or settings.reference_from)
     return changed
 
 
@@ -65,18 +64,19 @@ def model_hash(recipe: Recipe) -> str:
 def cache_reference(recipe: Recipe, grid: Grid, vocab_size: int, folder: Path, made_from: Mapping[str, str], sets: Mapping[str, Dataset]) -> str:
     """Give every example of `sets` its log-prob under the reference, from `folder` or by one pass (collective).
 
+    recipe: the reference's. A set's rows have `columns`, [rows, documents a row] each (`PairRows`, `AnswerRows`).
     Returns what was done, in a sentence. Raises RunError where `folder` was made from another model, template or data.
     """
-    key = {**made_from, **{f"{name} pairs": dataset.statistics["fingerprint"] for name, dataset in sets.items()}}
+    key = {**made_from, **{f"{name} rows": dataset.statistics["fingerprint"] for name, dataset in sets.items()}}
     saved = folder / "made_from.json"
     dist.barrier()  # nobody looks before everybody is here: rank 0 may write soon
     found = json.loads(saved.read_text()) if saved.exists() else None
     if found is not None and found != key:
         changed = [name for name in key if found.get(name) != key[name]] + [name for name in found if name not in key]
-        fix = "remove the folder to compute them again, restore what changed, or give another dpo.reference_cache"
+        fix = "remove the folder to compute them again, restore what changed, or give another reference_cache"
         raise RunError(f"stale reference log-probs: {folder} was made from another {', '.join(changed)}; {fix}")
     if found is None:
-        engine = Engine(reference_recipe(recipe), grid, vocab_size, train=False)
+        engine = Engine(recipe, grid, vocab_size, train=False)
         values = {name: _one_pass(engine, dataset) for name, dataset in sets.items()}
         del engine
         gc.collect()
@@ -84,20 +84,26 @@ def cache_reference(recipe: Recipe, grid: Grid, vocab_size: int, folder: Path, m
             _write(folder, key, values)
         dist.barrier()
     for name, dataset in sets.items():
-        assert isinstance(dataset.rows, PairRows)
-        dataset.rows.columns[REF_LOGPROB] = np.load(folder / f"{name}.npy").astype(np.float64)
-    pairs = sum(len(dataset) for dataset in sets.values())
-    return f"reference log-probs of {pairs} pairs {'computed, kept in' if found is None else 'read from'} {folder}"
+        columns_of(dataset)[REF_LOGPROB] = np.load(folder / f"{name}.npy").astype(np.float64)
+    rows = sum(len(dataset) for dataset in sets.values())
+    return f"reference log-probs of {rows} rows {'computed, kept in' if found is None else 'read from'} {folder}"
+
+
+def columns_of(dataset: Dataset) -> dict[str, np.ndarray]:
+    """[rows, documents a row] of each value that the examples of a set carry; what is put there, they carry too."""
+    rows: Any = dataset.rows
+    return rows.columns
 
 
 def _one_pass(engine: Engine, dataset: Dataset) -> np.ndarray:
-    """[P, 2] FP32 log-probs of chosen and rejected under the engine's model, equal on every rank."""
+    """[rows, documents a row] FP32 log-probs of a set's documents under the engine's model, equal on every rank."""
     grid, recipe = engine.grid, engine.recipe
-    found = torch.zeros(len(dataset), 2, dtype=torch.float64, device=device())
+    rows, documents = columns_of(dataset)["row"].shape
+    found = torch.zeros(rows, documents, dtype=torch.float64, device=device())
     for microbatches in Batches(dataset, recipe, grid, evaluation=True).one_pass() if len(dataset) else ():
         for batch, logprobs in zip(microbatches, engine.score(microbatches, lambda output, batch: sequence_logprobs(output, batch, grid))):
-            rows = batch.values["row"][0::2].long() if batch.values else torch.zeros(0, dtype=torch.long)
-            found[rows] = logprobs.double().view(-1, 2)
+            numbers = batch.values["row"][::documents].long() if batch.values else torch.zeros(0, dtype=torch.long)
+            found[numbers] = logprobs.double().view(-1, documents)
     return from_last_stage(sum_over(found, grid.data.group), grid).cpu().numpy().astype(np.float32)
 
 
@@ -112,10 +118,10 @@ def _write(folder: Path, key: Mapping[str, str], values: Mapping[str, np.ndarray
 
 
 class ReferenceModel:
-    """The reference as a second model in memory: scores each step's microbatches before the policy sees them."""
+    """The reference (recipe: its own) as a second model in memory: scores each step's microbatches before the policy sees them."""
 
     def __init__(self, recipe: Recipe, grid: Grid, vocab_size: int):
-        self.engine = Engine(reference_recipe(recipe), grid, vocab_size, train=False)
+        self.engine = Engine(recipe, grid, vocab_size, train=False)
         for model in self.engine.models:
             model.requires_grad_(False)
 
@@ -137,6 +143,7 @@ def check_step_zero(engine: Engine, dataset: Dataset, prepare: Callable[[Sequenc
     if prepare is not None:
         prepare(microbatches)
     policy = engine.score(microbatches, lambda output, batch: sequence_logprobs(output, batch, grid))
+    paired = columns_of(dataset)["row"].shape[-1] == 2
     worst, line = 0.0, ""
     tolerance = TOLERANCE[engine.recipe.train.precision]
     for batch, logprobs in zip(microbatches, policy):
@@ -147,8 +154,9 @@ def check_step_zero(engine: Engine, dataset: Dataset, prepare: Callable[[Sequenc
         excess, where = ((logprobs.double() - reference).abs() / allowed).max(0)
         if not excess <= worst:  # NaN is an excess too
             worst = float(excess.nan_to_num(nan=torch.inf))
-            row, side = int(batch.values["row"][where]), ("chosen", "rejected")[int(where) % 2]
-            line = f"pair {row}, {side}: {float(logprobs[where]):.6f} under the policy, {float(reference[where]):.6f} under the reference"
+            row = int(batch.values["row"][where])
+            which = f"pair {row}, {('chosen', 'rejected')[int(where) % 2]}" if paired else f"row {row}"
+            line = f"{which}: {float(logprobs[where]):.6f} under the policy, {float(reference[where]):.6f} under the reference"
     most = torch.tensor([worst], dtype=torch.float64, device=device())
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     if most.item() > 1:
@@ -157,7 +165,7 @@ def check_step_zero(engine: Engine, dataset: Dataset, prepare: Callable[[Sequenc
         _, told = max(lines)
         fix = (
             "the reference must be the model the policy starts from: restore the files of model.init_from, or name another "
-            "reference on purpose with dpo.reference_from"
+            f"reference on purpose with {'dpo' if paired else 'kto'}.reference_from"
         )
         raise TrainingStopped(f"policy and reference log-probs differ before the first update ({told}); layout {grid.layout()}", 0, fix=fix)
     return f"policy = reference at step 0: differences reach {most.item():.2g} of the {tolerance:g} a nat and a token that rounding is allowed"

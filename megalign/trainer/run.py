@@ -27,6 +27,7 @@ from megalign.data.dataset import Dataset, build_datasets, make_tokenizer
 from megalign.data.deal import describe_distribution, distribution
 from megalign.data.formats import announcement
 from megalign.data.rows import BadRow, Conversation
+from megalign.data.source import with_text
 from megalign.data.splits import listing, read_splits
 from megalign.parallel.checkpoint import list_checkpoints, read_meta
 from megalign.parallel.grid import Grid, create_grid
@@ -73,7 +74,7 @@ class RunFolder:
         recipe = self.recipe.model_copy(deep=True)
         if recipe.data.tokenizer.path is None and recipe.model.init_from is None:
             if self.grid.is_logger and resume_from is None:
-                make_tokenizer(recipe, read_splits(recipe)[0].rows).save(self.tokenizer)
+                make_tokenizer(recipe, read_splits(recipe, take=with_text)[0].rows).save(self.tokenizer)
             dist.barrier()
             recipe.data.tokenizer.path = str(self.tokenizer)
         train, validation = build(recipe)

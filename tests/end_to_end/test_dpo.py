@@ -139,7 +139,7 @@ def test_stale_and_wrong_references_are_errors(folder: Path, tmp_path: Path):
     ]
     model, data, step_zero, seed = run_ranks(dpo_checks.train_all, 1, runs)[0]
     assert model.startswith("RunError: stale reference log-probs") and "another model;" in model and "remove the folder" in model
-    assert data.startswith("RunError: stale reference log-probs") and "train pairs" in data
+    assert data.startswith("RunError: stale reference log-probs") and "train rows" in data
     assert step_zero.startswith("TrainingStopped: training stopped at step 0: policy and reference log-probs differ before the first update (pair ")
     assert "chosen: -" in step_zero and "dpo.reference_from" in step_zero
     assert seed.startswith("RunError") and "trained against another reference" in seed

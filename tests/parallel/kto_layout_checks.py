@@ -1,0 +1,64 @@
+"""KTO's loss, baseline, metrics and gradients of one global batch on any layout, for comparison with one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+def steps(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`step` of several recipes, one after the other in one launch."""
+    return [step(case) for case in cases]
+
+
+def references(dataset: Any, swing: float) -> np.ndarray:
+    """[N, 1] log-probs of an imagined reference: some above the policy's, some below, so that ranks' means differ in sign."""
+    tokens = np.array([int(row[0].loss_mask.sum()) for row in dataset.rows])
+    return (-5.9 * tokens + swing * np.cos(2.0 * np.arange(len(tokens))))[:, None]
+
+
+def step(case: dict[str, Any]) -> dict[str, Any]:
+    """Means and full gradients of the first step; on one rank also each document's log-prob on its own."""
+    import os
+
+    from dpo_layout_checks import _main_grad
+    from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+
+    from megalign.config.schema import Recipe
+    from megalign.data.answers import build_answers
+    from megalign.data.mismatched import mismatched
+    from megalign.kto import Baseline, answer_loss, answer_weight
+    from megalign.models.sequences import sequence_logprobs
+    from megalign.models.weights import stream_full
+    from megalign.parallel.grid import destroy_grid
+    from megalign.parallel.init import read_world
+    from megalign.parallel.optimizer import zero_gradients
+    from megalign.trainer.batches import Batches
+    from megalign.trainer.engine import Engine
+    from megalign.trainer.objective import Objective
+    from megalign.trainer.reference import REF_LOGPROB, columns_of
+    from megalign.trainer.run import grid_of
+
+    get_moe_layer_wise_logging_tracker().clear()
+    recipe = Recipe.model_validate(case)
+    grid = grid_of(recipe, read_world(os.environ))
+    train, validation = build_answers(recipe)
+    others = {"train": mismatched(train, recipe), "validation": mismatched(validation, recipe)}
+    columns_of(train)[REF_LOGPROB] = references(train, 3.0)
+    columns_of(others["train"])[REF_LOGPROB] = references(others["train"], 30.0)
+    engine = Engine(recipe, grid, train.tokenizer.vocab_size)
+    dealt = Batches(train, recipe, grid)
+    mine, _ = dealt.next_step()
+    objective = Objective(answer_loss(recipe, grid), count=answer_weight, prepare=Baseline(engine, others, None).prepare)
+    zero_gradients(engine.chunks, engine.optimizer)
+    sums, _ = engine._run(mine, objective, forward_only=False)
+    grads = {name: full.clone() for name, full in stream_full(engine.chunks, grid, value=_main_grad)}
+    documents = {}
+    if grid.world == 1:
+        for name, dataset in (("answers", train), ("mismatched", others["train"])):
+            found = [engine.score([dealt.collate([row])], lambda output, batch: sequence_logprobs(output, batch, grid))[0].item() for row in dataset.rows]
+            documents[name] = (found, columns_of(dataset)[REF_LOGPROB][:, 0].tolist())
+        documents["desirable"] = columns_of(train)["desirable"][:, 0].tolist()
+    destroy_grid()
+    return {"means": sums.means(), "count": sums.count, "grads": grads, "documents": documents}

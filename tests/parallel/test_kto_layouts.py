@@ -1,0 +1,67 @@
+"""Layout invariance of KTO: the baseline over all ranks, every metric and every gradient equal those of one process."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import kto_layout_checks
+import pytest
+from ranks import run_ranks
+from test_dpo_layouts import DENSE, MOE, PP2, TP2
+
+BETA, WEIGHTS = 0.1, (1.5, 0.75)
+CELLS = {"tp2": (DENSE, TP2), "pp2": (DENSE, PP2), "cp2": (DENSE, dict(context_parallel_size=2)), "dp2": (DENSE, {}), "moe-ep2": (MOE, dict(expert_model_parallel_size=2))}
+
+
+def case(folder: Path, model: dict[str, Any], parallel: dict[str, Any]) -> dict[str, Any]:
+    """Seven answers and a row of padding: unequal ranks."""
+    return {
+        "output": str(folder / "run"),
+        "model": model,
+        "parallel": {"use_distributed_optimizer": False, **parallel},
+        "data": dict(max_rows=7, validation_rows=0, sequence_length=256, packing=False, tokenizer=dict(vocab_size=300)),
+        "train": dict(micro_batch_size=2, global_batch_size=8),
+        "kto": dict(desirable_weight=WEIGHTS[0], undesirable_weight=WEIGHTS[1]),
+    }
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("kto-layouts")
+    alone = {"dense": case(folder, DENSE, {}), "moe": case(folder, MOE, {})}
+    results: dict[str, Any] = dict(zip(alone, run_ranks(kto_layout_checks.steps, 1, list(alone.values()))[0]))
+    cells = {name: case(folder, model, parallel) for name, (model, parallel) in CELLS.items()}
+    return results | dict(zip(cells, run_ranks(kto_layout_checks.steps, 2, list(cells.values()))[0]))
+
+
+def test_one_process_is_the_formula(found: dict[str, Any]):
+    """z and the loss from each document's log-prob scored on its own (eq. 7), in Python floats."""
+    for name in ("dense", "moe"):
+        documents, means = found[name]["documents"], found[name]["means"]
+        ratios, others = ([x - ref for x, ref in zip(*documents[which])] for which in ("answers", "mismatched"))
+        z = max(0.0, sum(others) / len(others))
+        assert z > 0.1 and any(sum(part) < 0 for part in (others[:4], others[4:])), "clamped by rank it would be another number"
+        losses = [
+            WEIGHTS[0] / (1 + math.exp(BETA * (r - z))) if wanted else WEIGHTS[1] / (1 + math.exp(BETA * (z - r)))
+            for r, wanted in zip(ratios, documents["desirable"], strict=True)
+        ]
+        assert means.metrics["kl"] == pytest.approx(z, rel=1e-5)
+        assert means.loss == pytest.approx(sum(losses) / 7, rel=1e-5)
+        wanted = [BETA * r for r, is_wanted in zip(ratios, documents["desirable"]) if is_wanted]
+        assert means.metrics["rewards/chosen"] == pytest.approx(sum(wanted) / len(wanted), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_layout_equals_one_process(found: dict[str, Any], name: str):
+    here, alone = found[name], found["moe" if name.startswith("moe") else "dense"]
+    assert here["count"] == alone["count"] == 7.0
+    assert here["means"].loss == pytest.approx(alone["means"].loss, rel=1e-6)
+    assert here["means"].metrics.keys() == alone["means"].metrics.keys()
+    for metric, value in alone["means"].metrics.items():
+        assert here["means"].metrics[metric] == pytest.approx(value, rel=1e-5, abs=1e-6), metric
+    assert here["grads"].keys() == alone["grads"].keys()
+    for parameter, gradient in alone["grads"].items():
+        difference = float((here["grads"][parameter] - gradient).abs().max())
+        assert difference <= 1e-5 * float(gradient.abs().max()) + 1e-9, (parameter, difference)
