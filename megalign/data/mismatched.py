@@ -35,11 +35,11 @@ def partners(prompts: np.ndarray, block: int) -> np.ndarray:
 
     The one before it, cyclically in blocks; where rows of one prompt follow each other (the two sides of a pair), the
     first one further back that gives no row of the block an answer to its own prompt, or as few as can be. A single row
-    at the end joins the block before it. Raises DataError for fewer than two rows, or blocks of one.
+    at the end joins the block before it; a set of a single row has no other answer than its own. Raises DataError for blocks of one.
     """
     count = len(prompts)
-    if count == 1 or (count and block < 2):
-        raise DataError(f"kto compares answers with those of other prompts: {count} rows in blocks of train.global_batch_size({block}) give none; both must be 2 or more")
+    if block < 2:
+        raise DataError(f"kto compares answers with those of other prompts: blocks of train.global_batch_size({block}) hold none; give 2 or more")
     bounds = list(range(0, count, block))
     if len(bounds) > 1 and count - bounds[-1] == 1:
         bounds.pop()
@@ -56,7 +56,7 @@ def _shift(prompts: np.ndarray) -> int:
         collisions[shift] = int(np.count_nonzero(prompts == np.roll(prompts, shift)))
         if not collisions[shift]:
             return shift
-    return min(collisions, key=collisions.__getitem__)
+    return min(collisions, key=collisions.__getitem__, default=0)
 
 
 class MismatchedRows(Sequence[list[Example]]):

@@ -24,7 +24,7 @@ def folder(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs on one rank and on two, each in one launch."""
     base = tmp_path_factory.mktemp("kto")
     half = {"train": {"stop_at_step": 3}}
-    demo = dict(validation_rows=8, sequence_length=1024, max_rows=60, tokenizer=dict(vocab_size=1024))
+    demo = dict(validation_rows=8, sequence_length=2048, max_rows=60, tokenizer=dict(vocab_size=1024))
     two_steps = dict(train=dict(max_steps=2, micro_batch_size=1, sample_prompts=0), optimizer=dict(lr_warmup_steps=0))
     runs = [
         recipe(base / "cached", logging={"report": True}, train={"max_steps": 40, "eval_interval": 20}),
@@ -33,10 +33,10 @@ def folder(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         recipe(base / "halves", **half),
         recipe(base / "halves"),
         recipe(base / "apo", kto={"loss": "apo_zero_unpaired"}),
-        recipe(base / "heavy", kto={"desirable_weight": 3.0, "undesirable_weight": 0.5}, train={"max_steps": 1}),
+        recipe(base / "heavy", kto={"desirable_weight": 3.0, "undesirable_weight": 0.5}, train={"max_steps": 1}, optimizer={"lr_warmup_steps": 0}),
         recipe(base / "kto-demo", data={**demo, "train": str(shared_data / "demo_formats" / "kto_en_demo.json")}, **two_steps),
         recipe(base / "pairs-demo", data={**demo, "train": str(shared_data / "demo_formats" / "dpo_en_demo.json")}, **two_steps),
-        recipe(base / "dpo-demo", data={**demo, "train": str(shared_data / "demo_formats" / "dpo_en_demo.json"), "sequence_length": 2048}, algorithm="dpo", **two_steps),
+        recipe(base / "dpo-demo", data={**demo, "train": str(shared_data / "demo_formats" / "dpo_en_demo.json"), "sequence_length": 4096}, algorithm="dpo", **two_steps),
     ]
     assert run_ranks(kto_checks.train_all, 1, runs)[0] == [""] * len(runs)
     runs = [

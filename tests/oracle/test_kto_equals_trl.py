@@ -1,6 +1,6 @@
 """KTO step by step equals TRL's KTOTrainer: loss, baseline, rewards, log-probs and gradient norm over 8 steps.
 
-The same Hugging Face folder, rows of kto_en_demo.json as the same token ids, order and AdamW settings; tolerances of the
+The same Hugging Face folder, the shorter rows of kto_en_demo.json as the same token ids, order and AdamW settings; tolerances of the
 oracle conventions: absolute 1e-4 for losses, relative 1e-5 for sums of log-probs. On one rank, TP2, PP2, CP2 and DP2.
 """
 
@@ -45,11 +45,13 @@ def setting(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     from megalign.data.answers import build_answers
 
     folder, out = tmp_path_factory.mktemp("llama"), tmp_path_factory.mktemp("runs")
+    everything = json.loads((shared_data / "demo_formats" / "kto_en_demo.json").read_text())
+    short = [row for row in everything if sum(len(message["content"]) for message in row["messages"]) < 1800][:40]
+    (out / "short.json").write_text(json.dumps(short))
     base = {
         "model": {"init_from": str(folder)},
         "data": dict(
-            train=str(shared_data / "demo_formats" / "kto_en_demo.json"), max_rows=90, validation_rows=0, sequence_length=1024, shuffle=False,
-            tokenizer=dict(vocab_size=1024),
+            train=str(out / "short.json"), validation_rows=0, sequence_length=2048, shuffle=False, tokenizer=dict(vocab_size=1024),
         ),
         "optimizer": OPTIMIZER,
         "train": dict(micro_batch_size=1, global_batch_size=BATCH, max_steps=STEPS, sample_prompts=0),
@@ -62,7 +64,7 @@ def setting(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     rows = [as_trl(train.rows[i][0]) for i in range(STEPS * BATCH)]
     for start in range(0, len(rows), BATCH):  # TRL does not cut: neither may we
         block = rows[start : start + BATCH]
-        assert all(len(row["prompt_ids"]) + len(block[i - 1]["completion_ids"]) + 8 <= 1024 for i, row in enumerate(block))
+        assert all(len(row["prompt_ids"]) + len(block[i - 1]["completion_ids"]) + 8 <= 2048 for i, row in enumerate(block))
     job = dict(model=str(folder), rows=rows, batch_size=BATCH, steps=STEPS, lr=OPTIMIZER["lr"], **WEIGHTS)
     file = tmp_path_factory.mktemp("job") / "job.json"
     file.write_text(json.dumps([job, {**job, "loss": "apo_zero_unpaired"}]))

@@ -12,6 +12,40 @@ def steps(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [step(case) for case in cases]
 
 
+def mutants(case: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """`step` with one thing wrong at a time."""
+    from unittest import mock
+
+    import torch
+
+    from megalign import kto
+    from megalign.data.mismatched import MismatchedRows
+    from megalign.models.sequences import sequence_tokens
+
+    sequence_logprobs, kto_loss = kto.sequence_logprobs, kto.kto_loss
+
+    def shifted(output: Any, batch: Any, grid: Any) -> Any:
+        return sequence_logprobs(torch.roll(output, 1, -1), batch, grid)
+
+    def mean(output: Any, batch: Any, grid: Any) -> Any:
+        return sequence_logprobs(output, batch, grid) / sequence_tokens(batch)
+
+    wrong = {
+        "baseline of each rank": mock.patch.object(kto, "sum_over", lambda value, group: value),
+        "own answers": mock.patch.object(MismatchedRows, "__getitem__", lambda self, index: self.rows[index]),
+        "sums shifted by one token": mock.patch.object(kto, "sequence_logprobs", shifted),
+        "mean for sum": mock.patch.object(kto, "sequence_logprobs", mean),
+        "kinds exchanged": mock.patch.object(kto, "kto_loss", lambda a, b, desirable, *rest, **more: kto_loss(a, b, ~desirable, *rest, **more)),
+        "weights dropped": mock.patch.object(kto, "kto_loss", lambda *rest, **more: kto_loss(*rest, beta=more["beta"], weights_N=more["weights_N"])),
+        "denominator of the rank": mock.patch.object(kto, "answer_weight", lambda batch: 1.0),
+    }
+    found = {}
+    for name, patch in wrong.items():
+        with patch:
+            found[name] = step(case)
+    return found
+
+
 def references(dataset: Any, swing: float) -> np.ndarray:
     """[N, 1] log-probs of an imagined reference: some above the policy's, some below, so that ranks' means differ in sign."""
     tokens = np.array([int(row[0].loss_mask.sum()) for row in dataset.rows])
@@ -60,5 +94,6 @@ def step(case: dict[str, Any]) -> dict[str, Any]:
             found = [engine.score([dealt.collate([row])], lambda output, batch: sequence_logprobs(output, batch, grid))[0].item() for row in dataset.rows]
             documents[name] = (found, columns_of(dataset)[REF_LOGPROB][:, 0].tolist())
         documents["desirable"] = columns_of(train)["desirable"][:, 0].tolist()
+    rows = [int(row) for batch in mine if batch.values for row in batch.values["row"]]
     destroy_grid()
-    return {"means": sums.means(), "count": sums.count, "grads": grads, "documents": documents}
+    return {"rows": rows, "means": sums.means(), "count": sums.count, "grads": grads, "documents": documents}

@@ -33,7 +33,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     alone = {"dense": case(folder, DENSE, {}), "moe": case(folder, MOE, {})}
     results: dict[str, Any] = dict(zip(alone, run_ranks(kto_layout_checks.steps, 1, list(alone.values()))[0]))
     cells = {name: case(folder, model, parallel) for name, (model, parallel) in CELLS.items()}
-    return results | dict(zip(cells, run_ranks(kto_layout_checks.steps, 2, list(cells.values()))[0]))
+    ranks = run_ranks(kto_layout_checks.steps, 2, list(cells.values()))
+    results["mutants"] = run_ranks(kto_layout_checks.mutants, 2, cells["dp2"])[0]
+    return results | {name: {**ranks[0][index], "rows": [rank[index]["rows"] for rank in ranks]} for index, name in enumerate(cells)}
 
 
 def test_one_process_is_the_formula(found: dict[str, Any]):
@@ -42,7 +44,10 @@ def test_one_process_is_the_formula(found: dict[str, Any]):
         documents, means = found[name]["documents"], found[name]["means"]
         ratios, others = ([x - ref for x, ref in zip(*documents[which])] for which in ("answers", "mismatched"))
         z = max(0.0, sum(others) / len(others))
-        assert z > 0.1 and any(sum(part) < 0 for part in (others[:4], others[4:])), "clamped by rank it would be another number"
+        dealt = found["dp2" if name == "dense" else "moe-ep2"]["rows"]
+        assert sorted(dealt[0] + dealt[1]) == list(range(7))
+        by_rank = [max(0.0, sum(others[row] for row in rows) / len(rows)) for rows in dealt]
+        assert z > 0.1 and abs(by_rank[0] - z) > 0.1 and abs(sum(by_rank) / 2 - z) > 0.05, "by rank it would be another number"
         losses = [
             WEIGHTS[0] / (1 + math.exp(BETA * (r - z))) if wanted else WEIGHTS[1] / (1 + math.exp(BETA * (z - r)))
             for r, wanted in zip(ratios, documents["desirable"], strict=True)
@@ -55,7 +60,10 @@ def test_one_process_is_the_formula(found: dict[str, Any]):
 
 @pytest.mark.parametrize("name", CELLS)
 def test_layout_equals_one_process(found: dict[str, Any], name: str):
-    here, alone = found[name], found["moe" if name.startswith("moe") else "dense"]
+    check(found[name], found["moe" if name.startswith("moe") else "dense"])
+
+
+def check(here: dict[str, Any], alone: dict[str, Any]) -> None:
     assert here["count"] == alone["count"] == 7.0
     assert here["means"].loss == pytest.approx(alone["means"].loss, rel=1e-6)
     assert here["means"].metrics.keys() == alone["means"].metrics.keys()
@@ -65,3 +73,12 @@ def test_layout_equals_one_process(found: dict[str, Any], name: str):
     for parameter, gradient in alone["grads"].items():
         difference = float((here["grads"][parameter] - gradient).abs().max())
         assert difference <= 1e-5 * float(gradient.abs().max()) + 1e-9, (parameter, difference)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["baseline of each rank", "own answers", "sums shifted by one token", "mean for sum", "kinds exchanged", "weights dropped", "denominator of the rank"],
+)
+def test_a_mistake_is_seen(found: dict[str, Any], name: str):
+    with pytest.raises(AssertionError):
+        check(found["mutants"][name], found["dense"])
