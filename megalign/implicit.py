@@ -54,7 +54,7 @@ class ImplicitReward:
         trained = Recipe(**meta["recipe"])
         if "reference" not in meta["identity"] or trained.dpo.loss in REFERENCE_FREE:
             raise CheckpointError(f"{checkpoint} has no reference, so no implicit reward: give a run of megalign dpo with a loss that compares with one")
-        frozen = reference_recipe(trained)
+        frozen = reference_recipe(trained, trained.dpo)
         if model_hash(frozen) != meta["identity"]["reference"]:
             raise CheckpointError(f"{checkpoint} was trained against another reference than {frozen.model.init_from} now holds; restore its files")
         recipe = recipe_for(checkpoint, list(overrides))
