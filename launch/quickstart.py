@@ -1,8 +1,9 @@
-"""`make quickstart`: a MoE chat model in real 3D parallelism on this machine, killed half-way, resumed, and asked.
+"""`make quickstart`: a MoE chat model in real 3D parallelism on this machine, killed half-way, resumed, asked, and given pairs.
 
-Stages, each timed: train to the half and be killed with kill -9; resume and finish, answer held-out prompts; check.
-Exit code 0 only if the resumed losses are bitwise those of the run before it was killed, every expert has work, and
-(on the built-in dialogues) at least 80 % of the held-out prompts are answered word for word.
+Stages, each timed: train to the half and be killed with kill -9; resume and finish, answer held-out prompts; learn from pairs
+(DPO) of right answers and some that break the rules; check. Exit code 0 only if the resumed losses are bitwise those of the run
+before it was killed, every expert has work, and (on the built-in dialogues) at least 80 % of the held-out prompts are answered
+word for word, and as many of the held-out pairs ranked as judged.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-RUN = Path("runs/quickstart")
+RUN, PAIRS = Path("runs/quickstart"), Path("runs/quickstart-dpo")
 OVERLAP = 10  # steps after the checkpoint that are done twice and compared
 console = Console(highlight=False, soft_wrap=True)
 
@@ -33,31 +34,45 @@ def main() -> None:
     overrides = list(arguments.overrides)
     if arguments.data:
         overrides += [f"data.train={arguments.data}", "train.exact_match=false", "data.tokenizer.vocab_size=2048"]
-    fresh_folder()
+    fresh_folder(RUN)
+    fresh_folder(PAIRS)
+    stages = 3 if arguments.data else 4  # a file of yours holds dialogues; pairs of answers are another
     started = time.monotonic()
     seconds = {}
     memory = Memory()
 
     half = half_of(overrides)
-    console.rule(f"1/3  train with TP2 x PP2 x EP2 + SP on 4 local ranks; one is killed (kill -9) at step {half + OVERLAP}")
+    console.rule(f"1/{stages}  train with TP2 x PP2 x EP2 + SP on 4 local ranks; one is killed (kill -9) at step {half + OVERLAP}")
     before = train_and_kill(overrides, kill_at=half + OVERLAP)
     seconds["train and kill"] = time.monotonic() - started
 
-    console.rule(f"2/3  the same command continues from step {half}")
+    console.rule(f"2/{stages}  the same command continues from step {half}")
     begun = time.monotonic()
     if subprocess.run(command(overrides)).returncode:
         fail("the resumed run failed; its message is above")
     seconds["resume, finish, answer"] = time.monotonic() - begun
 
-    console.rule("3/3  what came out")
+    if not arguments.data:
+        console.rule(f"3/{stages}  learn from pairs (DPO): its answers against others that break the rules")
+        begun = time.monotonic()
+        if subprocess.run([sys.executable, "-m", "megalign", "dpo", "quickstart-dpo", f"model.init_from={RUN}", f"output={PAIRS}"]).returncode:
+            fail("learning from pairs failed; its message is above")
+        seconds["learn from pairs"] = time.monotonic() - begun
+
+    console.rule(f"{stages}/{stages}  what came out")
     show(before, half, exact=not arguments.data)
-    stages = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
+    if not arguments.data:
+        show_pairs()
+    taken = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
     installed = Path(sys.prefix) / ".ready"
     install = f"install {installed.read_text().strip()} s, " if installed.exists() and installed.read_text().strip() else ""
-    console.print(f"\nstages: {install}{stages}; {time.monotonic() - started:.0f} s without install")
+    console.print(f"\nstages: {install}{taken}; {time.monotonic() - started:.0f} s without install")
     console.print(f"memory: {memory.peak / 1e9:.1f} GB at most, all processes together")
     console.print(f"audit of the copies on the four ranks: {audited()}")
-    console.print(f"\nreport: [bold]{(RUN / 'report.html').resolve()}[/]\n\nnext:")
+    console.print(f"\nreport: [bold]{(RUN / 'report.html').resolve()}[/]")
+    if not arguments.data:
+        console.print(f"report of the pairs: [bold]{(PAIRS / 'report.html').resolve()}[/]")
+    console.print("\nnext:")
     megalign = Path(sys.executable).with_name("megalign")
     megalign = os.path.relpath(megalign) if megalign.is_relative_to(Path.cwd()) else str(megalign)
     for line, what in (
@@ -94,14 +109,14 @@ def command(overrides: list[str]) -> list[str]:
     return [sys.executable, "-m", "megalign", "sft", "quickstart", f"output={RUN}", *overrides]
 
 
-def fresh_folder() -> None:
+def fresh_folder(run: Path) -> None:
     """Set an earlier quickstart aside: it is the user's, and this one must start from nothing."""
-    if RUN.exists():
+    if run.exists():
         number = 1
-        while (aside := RUN.with_name(f"{RUN.name}.{number}")).exists():
+        while (aside := run.with_name(f"{run.name}.{number}")).exists():
             number += 1
-        RUN.rename(aside)
-        console.print(f"{RUN} exists from before; it is now {aside}")
+        run.rename(aside)
+        console.print(f"{run} exists from before; it is now {aside}")
 
 
 def half_of(overrides: list[str]) -> int:
@@ -176,6 +191,25 @@ def show(before: dict[int, tuple[float, float]], half: int, *, exact: bool) -> N
         fail(f"exact match is {summary['exact_match']:.0%}, below 80 %")
     if exact and smallest < 0.03:
         fail(f"an expert gets {smallest:.1%} of the tokens, below 3 %")
+
+
+def show_pairs() -> None:
+    """Print and check what the pairs have taught, on held-out ones."""
+    rows = [json.loads(line) for line in (PAIRS / "metrics.jsonl").read_text().splitlines()]
+    last = [row for row in rows if row["kind"] == "eval"][-1]
+    steps = max(row["step"] for row in rows if row["kind"] == "train")
+    console.print(
+        f"\nheld-out pairs after {steps} steps of DPO: [bold]{last['eval_rewards/accuracies']:.0%}[/] ranked as judged; "
+        f"loss {last['eval_loss']:.3f}, from 0.693 at the reference"
+    )
+    for line in (PAIRS / "samples.jsonl").read_text().splitlines():
+        pair = json.loads(line)
+        if "chosen" in pair:
+            console.print(f"\n       user: {pair['prompt'][-1]['content'][:300]}", markup=False)
+            for side in ("chosen", "rejected"):
+                console.print(f"  {side:>9}: {pair[side]['text'][:300]}  (reward {pair[side]['reward']:+.2f})", markup=False)
+    if last["eval_rewards/accuracies"] < 0.9:
+        fail(f"{last['eval_rewards/accuracies']:.0%} of the held-out pairs are ranked as judged, below 80 %")
 
 
 def audited() -> str:

@@ -140,7 +140,8 @@ def test_every_recipe_runs_as_it_is(name: str, shared_data: Path, monkeypatch: p
         assert data.startswith("../shared/data/")
         overrides.append(f"data.train={shared_data / data.removeprefix('../shared/data/')}")
     if "init_from" in yaml.safe_load(text)["model"]:
-        overrides.append("model.preset=tiny-dense")
+        experts = "expert_model_parallel_size" in yaml.safe_load(text).get("parallel", {})
+        overrides += [f"model.preset={'tiny-moe' if experts else 'tiny-dense'}", "model.init_from=null"]
         overrides.append("data.tokenizer.vocab_size=512")
     recipe = load_recipe(name, overrides)
     check(recipe)
