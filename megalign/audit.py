@@ -42,7 +42,7 @@ def audit(recipe: Recipe, world: World, *, steps: int = 3, probe: bool = True) -
     vocab_size = recipe.model.vocab_size or recipe.data.tokenizer.vocab_size
     engine = Engine(recipe, grid, vocab_size)
     layout = " ".join(f"{name} {size}" for name, size in grid.layout().items())
-    console.print(f"{recipe.name}: {layout}\n{table(engine.placements)}\n{summary(engine.placements)}\n", markup=False)
+    console.print(f"{recipe.name}: {layout}\n{table(engine.placements, grid.pipeline.group)}\n{summary(engine.placements)}\n", markup=False)
 
     found: list[Finding] = []
     if probe:

@@ -188,9 +188,15 @@ def _infer(name: str, parameter: Any, owner: Any, config: Any, grid: Grid) -> tu
             'Remove it, or say declare(parameter, shard="expert")'
         )
     kind = type(owner).__name__
-    if kind in ("RMSNorm", "LayerNorm") and re.search(r"\b[qk]_layernorm\b", name) and not config.multi_latent_attention:
+    norm = kind in ("RMSNorm", "LayerNorm")
+    if norm and re.search(r"\b[qk]_layernorm\b", name) and not config.multi_latent_attention:
         # One norm for all heads, of which each tensor rank has some. Megatron knows it by its name.
         return (), {"tensor": "partial"}, "per-head norm"
+    if norm and grid.tensor.size > 1 and parameter.shape[-1] not in _widths(config):
+        raise PlacementError(
+            f"{name}: a {kind} of {parameter.shape[-1]} values, while hidden states have {config.hidden_size}: is it one for all heads, of which each tensor rank has some? "
+            'Then say declare(parameter, tensor="partial"), for a layer on hidden states tensor="sequence"'
+        )
     if name.endswith("embedding.position_embeddings.weight"):
         # Added before the sequence is cut (language_model_embedding.py:106): the backward of the cut gathers the gradient.
         if tokens_cut:
@@ -215,6 +221,11 @@ def _infer(name: str, parameter: Any, owner: Any, config: Any, grid: Grid) -> tu
         f"{name} ({kind}): nothing says whether its gradient on the {grid.tensor.size} tensor ranks is full or partial; "
         'say declare(parameter, tensor="sequence") for a layer on the hidden states, else "full", "partial", "duplicated" or shard="tensor"'
     )
+
+
+def _widths(config: Any) -> set[int]:
+    """Of hidden states, and of latent attention's."""
+    return {config.hidden_size, getattr(config, "q_lora_rank", None), getattr(config, "kv_lora_rank", None)} - {None}  # pyright: ignore[reportReturnType]
 
 
 _CUT = re.compile("(TE)?((LayerNorm)?(Column|Row)Parallel(Grouped)?Linear|VocabParallelEmbedding)")
@@ -301,13 +312,21 @@ def _disagreements(said: list[dict[str, Any]]) -> Iterator[str]:
                 yield f"{name}: placed as {expected} on rank {other}, as {placement} on rank {rank}; declare and freeze it alike everywhere"
 
 
-def table(placements: Sequence[Placement]) -> str:
-    """One line a kind of parameter: how many, cut, copied with which gradient, reducer, why."""
-    kinds: dict[tuple[str, ...], int] = {}
+def table(placements: Sequence[Placement], stages: Any = None) -> str:
+    """One line a kind of parameter: how many, cut, copied with which gradient, reducer, why.
+
+    stages: a group of pipeline ranks, to be told of the parameters of all of them (collective); else this rank's.
+    """
+    rows = []
     for p in placements:
-        kind = re.sub(r"\.\d+\.", ".*.", p.name)
         copied = ", ".join(f"{axis}: {gradient} ({p.reducers[axis]})" for axis, gradient in p.gradients.items())
-        row = (kind, "+".join(p.shard) or "-", copied, p.source)
+        rows.append((re.sub(r"\.\d+\.", ".*.", p.name), "+".join(p.shard) or "-", copied, p.source))
+    everywhere: list[Any] = [rows]
+    if stages is not None:
+        everywhere = [None] * stages.size()
+        dist.all_gather_object(everywhere, rows, group=stages)
+    kinds: dict[tuple[str, ...], int] = {}
+    for row in (row for found in everywhere for row in found):
         kinds[row] = kinds.get(row, 0) + 1
     rows = [("parameter", "n", "cut over", "gradient of its copies (reducer)", "from"), *((k[0], str(n), *k[1:]) for k, n in kinds.items())]
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
@@ -322,4 +341,4 @@ def summary(placements: Sequence[Placement]) -> str:
             if reducer not in (NOBODY, DDP):
                 counts[f"{reducer} over {axis}"] = counts.get(f"{reducer} over {axis}", 0) + 1
     rest = "; ".join(f"{n} by {reducer}" for reducer, n in counts.items()) or "nothing beyond DDP"
-    return f"{len(placements)} parameters placed: {rest}"
+    return f"{len(placements)} parameters placed on this rank: {rest}"

@@ -77,16 +77,19 @@ class RunAudit:
 
     def _act(self, found: Sequence[Finding], step: int) -> None:
         assert self.auditor is not None
-        done = " (repaired: every copy has the first rank's values)" if self.config.on_failure == "repair" else ""
-        self._tell(self.auditor.new(found, step), step, done)
+        self._tell(self.auditor.new(found, step), step)
 
-    def _tell(self, new: Sequence[Finding], step: int, done: str = "") -> None:
+    def _tell(self, new: Sequence[Finding], step: int) -> None:
         if not new:
             return
         if self.config.on_failure == "stop":
-            first = new[0]
             text = "\n".join(finding.text() for finding in new)
-            raise TrainingStopped(f"the audit found {len(new)} parameters:\n{text}", step, parameter=first.parameter, fix=first.fix)
-        lines = [finding.text() + done for finding in new]
+            raise TrainingStopped(f"the audit found {len(new)} parameter{'s' * (len(new) > 1)}:\n{text}", step, parameter=new[0].parameter)
+        lines = [finding.text() + self._done(finding) for finding in new]
         self.messages += lines
         self.history += lines
+
+    def _done(self, finding: Finding) -> str:
+        if self.auditor is None or (finding.parameter, finding.cause) not in self.auditor.repaired:
+            return ""
+        return "\n    repaired: every copy has the values of the first rank that holds it"

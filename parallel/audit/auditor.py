@@ -46,6 +46,7 @@ class Auditor:
         self.groups = norm.stats_groups(optimizer) if optimizer is not None else []
         self.first_seen: dict[tuple[str, str], int] = {}
         self.initial: set[str] = set()
+        self.repaired: set[tuple[str, str]] = set()  # at the last look
         self.started: int | None = None
         self.last: list[Finding] = []
         self.rows: list[Row] = []
@@ -69,7 +70,7 @@ class Auditor:
         found = self._look(entries, step, untouched=step == self.started + 1)
         found += self._dated(norm.counting(self.rows, self.groups), step)
         true = norm.recomputed(entries, self.comparison, self.grid.rank)
-        found += self._dated(norm.compared(float(self.optimizer.get_grad_norm()), true), step)
+        found += self._dated(norm.compared(norm.reported(self.optimizer), true), step)
         self.last = found
         return found
 
@@ -97,6 +98,8 @@ class Auditor:
 
     def _look(self, entries: list[Entry], step: int, *, untouched: bool = False) -> list[Finding]:
         """untouched: no update has been made yet."""
+        for finding in self.repaired:  # what comes back after a repair is told again
+            self.first_seen.pop(finding, None)
         mismatches, self.rows = self.comparison.run(entries)
         if untouched:
             self.initial |= {mismatch.key for mismatch in mismatches if mismatch.kind == "weight"}
@@ -106,12 +109,13 @@ class Auditor:
             self._repair(mismatches, entries)
             self.initial.clear()
         self.last = self._dated(found, step)
+        self.repaired = {(finding.parameter, finding.cause) for finding in self.last if self.repairs and finding.cause in f.REPAIRABLE}
         return self.last
 
     def _dated(self, found: Sequence[Finding], step: int) -> list[Finding]:
         dated = []
         for finding in found:
-            first = 0 if finding.cause == f.INITIALISATION else self.first_seen.get((finding.parameter, finding.cause), step)
+            first = (self.started or 0) if finding.cause == f.INITIALISATION else self.first_seen.get((finding.parameter, finding.cause), step)
             self.first_seen.setdefault((finding.parameter, finding.cause), step)
             dated.append(Finding(**{**vars(finding), "first_step": first}))
         return dated

@@ -18,6 +18,8 @@ from megalign.parallel.grid import Grid
 from megalign.parallel.init import device
 
 MOST_VALUES = 64  # tensors whose values are fetched at a time
+# Where more differ, the values of these come first: what a difference began with rather than what followed.
+_ORDER = ("weight", "buffer", "gradient", "master", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Row:
     label: str
     flags: int
     part: int
+    elements: int = 0
 
     @property
     def kind(self) -> str:
@@ -51,7 +54,7 @@ class Row:
 
 
 def key_of(label: str) -> str:
-    """kind|name[|cut]|dtype[|start:stop] -> name[|cut]."""
+    """kind|name[|cut]|dtype|elements[|start:stop] -> name[|cut]."""
     fields = label.split("|")[1:]
     return "|".join(field for field in fields[:2] if field == fields[0] or field.startswith(("tp", "etp")))
 
@@ -80,8 +83,8 @@ class Comparison:
         dist.all_gather(tables, table)
         values = np.concatenate([found[: len(labels)].cpu().numpy() for found, labels in zip(tables, self.labels, strict=True)])
         different = values[:, :2] != values[self._first[self._ids], :2]
-        labels = sorted({self._flat[i][1] for i in np.nonzero(different.any(1))[0]})
-        rows = [Row(rank, label, int(values[i, 2]), part) for i, (rank, label, _, part) in enumerate(self._flat)]
+        labels = sorted({self._flat[i][1] for i in np.nonzero(different.any(1))[0]}, key=lambda label: (_ORDER.index(label.split("|")[0]), label))
+        rows = [Row(rank, label, int(values[i, 2]), part, elements) for i, (rank, label, elements, part) in enumerate(self._flat)]
         return self._with_values([self._classes(label, values) for label in labels], entries), rows
 
     def holders(self, label: str) -> list[int]:
@@ -156,8 +159,6 @@ class Comparison:
             dist.all_reduce(worst, op=dist.ReduceOp.MAX)
             found.append(Mismatch(mismatch.label, mismatch.kind, mismatch.key, mismatch.classes, *worst.tolist()))
         return found + mismatches[MOST_VALUES:]
-
-
 
 
 def _axes(grid: Grid) -> dict[str, Any]:

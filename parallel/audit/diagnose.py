@@ -24,6 +24,12 @@ def structure(rows: Sequence[Row], comparison: Comparison, *, trained: bool) -> 
         if absent:
             fix = "register it on every rank of the group, before DDP and the optimizer are made"
             found.append(_finding(key, f.ABSENT, fix, sorted(absent), comparison, ranks))
+        kinds = {(row.elements, _dtype(row)) for row in held}
+        if len(kinds) > 1 and not key.endswith(".expert_bias"):
+            unlike = [row.rank for row in held if (row.elements, _dtype(row)) != (held[0].elements, _dtype(held[0]))]
+            detail = ", ".join(f"{elements} x {dtype}" for elements, dtype in sorted(kinds))
+            fix = "build it with the same size and dtype on every rank of the group: such copies cannot even be compared"
+            found.append(_finding(key, f.UNLIKE, fix, unlike, comparison, ranks, detail))
         if held[0].kind == "buffer":
             if key.endswith(".expert_bias") and any("|float32" not in row.label for row in held):
                 low = [row.rank for row in held if "|float32" not in row.label]
@@ -61,7 +67,7 @@ def differences(
         finding = Finding(key, cause, fix, group, tuple(off), step, mismatch.difference, detail)
         (others if cause == f.NOT_EQUAL else roots).append(finding)
     rank_of = {f.INITIALISATION: 0, f.CHANGED: 1, f.MOMENTS: 2, f.MASTERS: 2, f.MISSING_SUM: 3, f.MISSING_MEAN: 3, f.BUFFER: 4}
-    roots.sort(key=lambda finding: (rank_of.get(finding.cause, 5), -finding.difference))
+    roots.sort(key=lambda finding: (rank_of.get(finding.cause, 5), -finding.difference if finding.difference == finding.difference else 0.0))
     # A gradient that each copy computes for itself differs as soon as any weight before it does.
     return roots + [Finding(**{**vars(finding), "follows": bool(roots)}) for finding in others]
 
@@ -128,8 +134,13 @@ def _group(classes: Sequence[Sequence[int]], holders: Sequence[int], comparison:
     return "/".join(axes) or "one rank"
 
 
-def _finding(key: str, cause: str, fix: str, off: list[int], comparison: Comparison, holders: Sequence[int]) -> Finding:
-    return Finding(key, cause, fix, _group([off, [rank for rank in range(len(comparison.coordinates)) if rank not in off and rank in holders]], holders, comparison), tuple(off))
+def _finding(key: str, cause: str, fix: str, off: list[int], comparison: Comparison, holders: Sequence[int], detail: str = "") -> Finding:
+    others = [rank for rank in range(len(comparison.coordinates)) if rank not in off and rank in holders]
+    return Finding(key, cause, fix, _group([off, others], holders, comparison), tuple(off), detail=detail)
+
+
+def _dtype(row: Row) -> str:
+    return row.label.split("|")[len(row.key.split("|")) + 1]
 
 
 def _short(name: str) -> str:

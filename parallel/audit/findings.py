@@ -44,6 +44,7 @@ CHANGED = "weights differ although gradients and moments agree: changed outside 
 BUFFER = "buffer differs between copies: its update is not reduced"
 FROZEN = "frozen on some ranks only"
 LATE = "added after DDP and the optimizer were made: never reduced, never updated"
+UNLIKE = "copies have different sizes or dtypes"
 ABSENT = "missing on some of the ranks that should hold a copy"
 LOW_PRECISION = "expert bias is not FP32: a step's change is less than its precision"
 COUNTED_TWICE = "counted more than once in the global gradient norm"
@@ -52,6 +53,8 @@ NORM = "the global gradient norm is not that of the gradients"
 TOO_LARGE = "its gradient is too large: a sum where a mean belongs, or reduced twice"
 TOO_SMALL = "its gradient is too small: a mean where a sum belongs, or a lost factor"
 WRONG = "its gradient lacks parts: reduced over the wrong group, or not at all"
+# Differences between values, which a broadcast of the first rank's ends.
+REPAIRABLE = {INITIALISATION, MISSING_SUM, MISSING_MEAN, NOT_EQUAL, MOMENTS, MASTERS, CHANGED, BUFFER}
 
 
 def _short(ranks: Sequence[int]) -> str:

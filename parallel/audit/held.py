@@ -40,9 +40,9 @@ class Entry:
 
     @property
     def label(self) -> str:
-        """Equal on all ranks whose values must be equal."""
+        """Equal on all ranks whose values can be compared; where copies have another dtype or size, their labels differ."""
         part = "" if self.stop < 0 else f"|{self.start}:{self.stop}"
-        return f"{self.kind}|{self.held.key}|{str(self.value.dtype).removeprefix('torch.')}{part}"
+        return f"{self.kind}|{self.held.key}|{str(self.value.dtype).removeprefix('torch.')}|{self.value.numel()}{part}"
 
 
 def parts_of(optimizer: Any) -> list[Any]:
@@ -114,15 +114,16 @@ def _counted(optimizer: Any) -> set[int]:
 
 @torch.no_grad()
 def fingerprint(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Two sums of the bits of a tensor modulo 2^64, sensitive to position: equal tensors agree on them."""
+    """Two sums of the bits of a tensor modulo 2^64, over rows of a table and over its columns: equal tensors agree on them,
+    and no two elements can be exchanged, nor one take from another, without a change in one of the sums."""
     flat = tensor.detach().contiguous().view(-1)
     width = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
     bits = flat.view(width).to(torch.int64) if flat.numel() else torch.zeros(1, dtype=torch.int64, device=flat.device)
     whole = len(bits) // _WIDTH * _WIDTH
     table, rest = bits[:whole].view(-1, _WIDTH), bits[whole:]
     rows, columns = table.sum(1), table.sum(0)
-    columns[: len(rest)] += rest * 3
-    return _mixed(rows) + _mixed(rest), _mixed(columns)
+    columns[: len(rest)] += rest  # the last row, which may be shorter
+    return _mixed(torch.cat([rows, rest.sum()[None]])), _mixed(columns)
 
 
 _WIDTH = 512

@@ -62,13 +62,23 @@ def counting(rows: Sequence[Row], groups: Sequence[Sequence[tuple[int, ...]]]) -
     return list(found.values())
 
 
-def compared(reported: float, true: float) -> list[Finding]:
-    """The norm as the optimizer reported it against the recomputed one."""
-    off = abs(reported - true)
-    if off <= TOLERANCE * max(true, 1e-12):
+def reported(optimizer: Any) -> list[float]:
+    """Rank -> the norm by which its optimizer will clip (collective)."""
+    mine = torch.tensor([float(optimizer.get_grad_norm())], dtype=torch.float64, device=device())
+    norms = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(norms, mine)
+    return [norm.item() for norm in norms]
+
+
+def compared(reported: Sequence[float], true: float) -> list[Finding]:
+    """The norm as each rank's optimizer reported it against the recomputed one; a norm that is not finite is off."""
+    off = {rank: norm for rank, norm in enumerate(reported) if not abs(norm - true) <= TOLERANCE * max(true, 1e-12)}
+    if not off:
         return []
-    detail = f"the optimizer says {reported:.6g}, the gradients {true:.6g}"
-    return [Finding("gradient norm", f.NORM, "see the parameters counted twice or left out; clipping uses this number", difference=off, detail=detail)]
+    worst = max(off.values(), key=lambda norm: abs(norm - true) if norm == norm else math.inf)
+    detail = f"the optimizer says {worst:.6g}, the gradients {true:.6g}"
+    fix = "see the parameters counted twice or left out; clipping uses this number"
+    return [Finding("gradient norm", f.NORM, fix, ranks=tuple(off), difference=abs(worst - true), detail=detail)]
 
 
 def _ranks(group: tuple[int, ...]) -> str:

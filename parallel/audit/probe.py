@@ -32,6 +32,7 @@ from megalign.parallel.placement import Placement
 DIRECTIONS = 2
 TOLERANCE = 0.01  # of the class's gradient norm
 FLOOR = 1e-6  # of the whole gradient's norm: what is smaller than this is rounding
+FURTHEST = 100.0  # times as far as others a kind of small gradient is pushed
 
 # (backward too?) -> the loss that the whole world trains on, the same on every rank
 Loss = Callable[[bool], float]
@@ -74,6 +75,7 @@ class _Problem:
 
     def __init__(self, held: Sequence[Held], loss: Loss, routing: _Routing, grid: Grid):
         self.loss, self.routing, self.grid = loss, routing, grid
+        self.weights: dict[str, float] = {}  # of the kinds that are pushed
         self.held = [h for h in held if not h.is_buffer and h.tensor.requires_grad and getattr(h.tensor, "main_grad", None) is not None]
         keys: list[Any] = [None] * grid.world
         dist.all_gather_object(keys, [h.key for h in self.held])
@@ -91,10 +93,12 @@ class _Problem:
     def ratio(self, kinds: set[str], whole: float) -> tuple[float, float] | None:
         """None if gradient and loss agree; else (true / found along the gradient's part, what remains unexplained, 0 to 1)."""
         pairs = []
-        norm = self.gradient_norm(kinds)
+        norms = {kind: self.gradient_norm({kind}) for kind in sorted(kinds)}
+        self.weights = {kind: self._weight(norm, max(norms.values())) for kind, norm in norms.items()}
+        norm = sum((self.weights[kind] * norm) ** 2 for kind, norm in norms.items()) ** 0.5
         rms = (self._total(h.tensor.detach().square().sum() for h in self._of(self.owned, kinds)) / max(1.0, self._total(torch.tensor(float(h.tensor.numel())) for h in self._of(self.owned, kinds)))) ** 0.5
         for number in range(DIRECTIONS):
-            along = self._total((h.tensor.main_grad * _direction(h, number)).sum() for h in self._of(self.owned, kinds))  # pyright: ignore
+            along = self._total(self.weights[_kind(h.key)] * (h.tensor.main_grad * _direction(h, number)).sum() for h in self._of(self.owned, kinds))  # pyright: ignore
             pairs.append((self._difference(kinds, number, max(rms, 1e-2)), along))
         if max(abs(true - found) for true, found in pairs) <= TOLERANCE * norm + FLOOR * whole:
             return None
@@ -103,8 +107,13 @@ class _Problem:
         rest = sum((true - ratio * found) ** 2 for true, found in pairs) if square else 0.0
         return ratio, (rest / max(sum(true * true for true, _ in pairs), 1e-300)) ** 0.5
 
+    @staticmethod
+    def _weight(norm: float, largest: float) -> float:
+        """How much further a kind is pushed than that of the largest gradient in its class, in whose shadow it could be wrong unseen."""
+        return min(largest / max(norm, 1e-300), FURTHEST)
+
     def _difference(self, kinds: set[str], number: int, rms: float) -> float:
-        for relative in (1e-5, 1e-6, 1e-7):
+        for relative in (1e-5, 1e-6, 1e-7, 1e-8):
             size, losses, choices = relative * rms, [], []
             for sign in (1, -1):
                 self._push(kinds, number, sign * size)
@@ -117,16 +126,16 @@ class _Problem:
             dist.all_reduce(moved, op=dist.ReduceOp.MAX)
             if not moved.item():
                 return (losses[0] - losses[1]) / (2 * size)
-        raise RuntimeError("audit.probe: routers choose other experts even for changes of 1e-7; probe with another train.seed")
+        raise RuntimeError("audit.probe: routers choose other experts even for changes of 1e-8; probe with another train.seed")
 
     @torch.no_grad()
     def _push(self, kinds: set[str], number: int, size: float) -> None:
         for h in self._of(self.held, kinds):
-            h.tensor.add_(_direction(h, number), alpha=size)
+            h.tensor.add_(_direction(h, number), alpha=size * self.weights[_kind(h.key)])
 
     @staticmethod
     def _of(held: Sequence[Held], kinds: set[str] | None) -> list[Held]:
-        return [h for h in held if kinds is None or _kind(h.name) in kinds]
+        return [h for h in held if kinds is None or _kind(h.key) in kinds]
 
     def _total(self, parts: Iterator[Tensor]) -> float:
         total = torch.zeros(1, dtype=torch.float64, device=device())
@@ -223,7 +232,8 @@ def _direction(held: Held, number: int) -> Tensor:
 
 
 def _kind(name: str) -> str:
-    return re.sub(r"\.\d+\.", ".*.", name)
+    """Of a name or a key, whose copies under other names (a tied table's) have the same."""
+    return re.sub(r"\.\d+\.", ".*.", name.split("|")[0])
 
 
 def _class_of(p: Placement) -> str:
