@@ -8,10 +8,12 @@ from __future__ import annotations
 import functools
 
 import pytest
-import seeded_faults
+import seeded_runs
 from layout_matrix import chunks, covering_array, short_array
 from ranks import run_ranks
-from seeded_faults import FAULTS, FIRST, LAYOUTS, SECOND, judged
+from seeded_faults import FAULTS, FIRST, SECOND
+from seeded_layouts import LAYOUTS
+from seeded_runs import judged
 
 Said = list[tuple[str, str, bool]]
 
@@ -21,7 +23,7 @@ def said(ranks: int) -> dict[str, Said]:
     """What the auditor says of every fault on layouts of `ranks`, in one launch."""
     names = [name for name, fault in FAULTS.items() if LAYOUTS[fault.layout][0] == ranks]
     cases = [(FAULTS[name].layout, name, 1) for name in names]
-    return dict(zip(names, run_ranks(seeded_faults.audits, ranks, cases, timeout=600)[0], strict=True))
+    return dict(zip(names, run_ranks(seeded_runs.audits, ranks, cases, timeout=600)[0], strict=True))
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -37,7 +39,7 @@ def test_both_sets():
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_no_false_alarm(ranks: int):
     layouts = [name for name, layout in LAYOUTS.items() if layout[0] == ranks]
-    for found in run_ranks(seeded_faults.audits, ranks, [(layout, None, 3) for layout in layouts], timeout=600):
+    for found in run_ranks(seeded_runs.audits, ranks, [(layout, None, 3) for layout in layouts], timeout=600):
         assert found == [[]] * len(layouts)
 
 
@@ -46,12 +48,12 @@ def test_no_false_alarm(ranks: int):
 @pytest.mark.parametrize("at", range(len(chunks(covering_array()))))
 def test_no_false_alarm_over_the_matrix(at: int, bf16: bool):
     cells = chunks(covering_array())[at]
-    for found in run_ranks(seeded_faults.clean_cells, cells[0].world, cells, bf16, 2, 1, timeout=600):
+    for found in run_ranks(seeded_runs.clean_cells, cells[0].world, cells, bf16, 2, 1, timeout=600):
         assert found == [[]] * len(cells)
 
 
 @pytest.mark.soak
 def test_no_false_alarm_in_two_hundred_steps():
     cells = [cell for cell in short_array() if cell.world == 4][:4]
-    for found in run_ranks(seeded_faults.clean_cells, 4, cells, False, 200, 10, timeout=1500):
+    for found in run_ranks(seeded_runs.clean_cells, 4, cells, False, 200, 10, timeout=1500):
         assert found == [[]] * 4

@@ -13,21 +13,23 @@ import re
 from typing import Any
 
 import pytest
-import upstream_bugs
+import upstream_runs
+import upstream_schedules
 from ranks import run_ranks
-from upstream_bugs import BUGS, SCHEDULES
+from upstream_bugs import BUGS
+from upstream_schedules import SCHEDULES
 
 
 @functools.cache
 def expected(world: int) -> dict[str, dict[str, Any]]:
-    return run_ranks(upstream_bugs.oracles, 1, [name for name, bug in BUGS.items() if bug.world == world])[0]
+    return run_ranks(upstream_runs.oracles, 1, [name for name, bug in BUGS.items() if bug.world == world])[0]
 
 
 @functools.cache
 def studies(world: int) -> list[dict[str, Any]]:
     """What each rank found, for all bugs that show on `world` ranks, in one launch."""
     oracles = expected(world)
-    return run_ranks(upstream_bugs.study, world, list(oracles), pickle.dumps(oracles))
+    return run_ranks(upstream_runs.study, world, list(oracles), pickle.dumps(oracles))
 
 
 @pytest.mark.parametrize("name", BUGS)
@@ -60,7 +62,7 @@ REFUSED = BUGS.keys() - {"tied embedding, distributed", "per-head norms"}  # the
 def test_what_flags_do_not_settle_is_refused_by_name(world: int):
     """Placing the parameters says no before the first step; `declare` is in the words of the error."""
     names = [name for name, bug in BUGS.items() if bug.world == world]
-    for rank in run_ranks(upstream_bugs.refusals, world, names):
+    for rank in run_ranks(upstream_runs.refusals, world, names):
         assert {name for name in names if rank[name]} == REFUSED & set(names)
         for name in REFUSED & set(names):
             assert re.search(BUGS[name].parameters, rank[name]), rank[name]
@@ -68,7 +70,7 @@ def test_what_flags_do_not_settle_is_refused_by_name(world: int):
 
 @functools.cache
 def schedule_oracle(multiple: int) -> bytes:
-    return pickle.dumps(run_ranks(upstream_bugs.schedule_oracle, 1, multiple)[0])
+    return pickle.dumps(run_ranks(upstream_schedules.schedule_oracle, 1, multiple)[0])
 
 
 RACE = "outputs of virtual stages freed while they are sent"
@@ -78,7 +80,7 @@ RACE = "outputs of virtual stages freed while they are sent"
 def test_wrong_on_a_schedule(name: str):
     layout, multiple, _ = SCHEDULES[name]
     world = 1 if name.endswith("zeroed") else 2
-    ranks = run_ranks(upstream_bugs.schedule_error, world, name, schedule_oracle(multiple))
+    ranks = run_ranks(upstream_schedules.schedule_error, world, name, schedule_oracle(multiple))
     assert max(right for _, right in ranks) <= 1
     assert max(wrong for wrong, _ in ranks) > 100 or name == RACE
 
@@ -87,5 +89,5 @@ def test_wrong_on_a_schedule(name: str):
 def test_the_race_is_lost_now_and_then():
     """Freed outputs are wrong only if the sender is late: most launches show it, not every one."""
     _, multiple, _ = SCHEDULES[RACE]
-    launches = (run_ranks(upstream_bugs.schedule_error, 2, RACE, schedule_oracle(multiple)) for _ in range(20))
+    launches = (run_ranks(upstream_schedules.schedule_error, 2, RACE, schedule_oracle(multiple)) for _ in range(20))
     assert any(max(wrong for wrong, _ in ranks) > 100 for ranks in launches)
