@@ -1,11 +1,15 @@
 """What the reduction hooks and the auditor cost: ratios of step times, and bytes against the analytic minimum.
 
-    python benchmarks/replicas/run.py [--rounds 30] [--ranks 2]
+    python benchmarks/replicas/run.py [--rounds 20] [--ranks 2]
 
 One world of ranks (tensor parallel with sequence parallelism, a mixture of experts with shared experts) holds two engines
-with the same model: one leaves the sums over tensor ranks to megatron's finalisation, one has our hooks. Their steps
-alternate. The auditor is timed as one look (comparison of everything, norm) beside the steps of the second engine;
-interval 1 is measured as whole steps, 10 and 100 follow from the look. Writes benchmarks/results/replicas.json.
+with the same model: one leaves the sums over tensor ranks to megatron's finalisation (A), one has our hooks (B). Their steps
+come as A B B A, so that a machine that grows slower or faster favours neither; a round's ratio is (B + B) / (A + A). The
+second A against the first says how much of it is noise.
+
+The auditor then runs in the second engine at intervals 1, 10 and 100, as a recipe has it. Each look is timed where it
+stands in the step; a ratio is all the time of those steps over what is left without the looks. Waiting for the other ranks
+at a look counts as its cost. Writes benchmarks/results/replicas.json.
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ LENGTH, MICROBATCHES = 256, 4
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -90,46 +94,56 @@ def worker(rounds: int, ranks: int) -> None:
         engine.train_step(batches, Objective(token_loss), 1e-4, number)
         return time.perf_counter() - began
 
-    for number in range(2, 4):  # the first step of each learns; neither is timed
-        step(finalisation, number)
-        step(hooks, number)
+    number = iter(range(2, 10**6))
+    for _ in range(2):  # the first step of each learns; neither is timed
+        step(finalisation, next(number))
+        step(hooks, next(number))
     before = hooks.reduction.bytes
-    pairs = [(step(finalisation, n), step(hooks, n)) for n in range(4, 4 + rounds)]
-    sent = (hooks.reduction.bytes - before) / rounds
+    quads = [[step(engine, next(number)) for engine in (finalisation, hooks, hooks, finalisation)] for _ in range(rounds)]
+    sent = (hooks.reduction.bytes - before) / (2 * rounds)
     least = sum(
         4 * p.parameter.numel()
         for p in hooks.placements
         for axis in ("tensor", "expert_tensor")
         if p.gradients.get(axis) in ("partial", "duplicated") and getattr(grid, axis).size > 1
     )
-    auditor: Any = hooks.audit.auditor
-    plain, audited = [], []
-    for number in range(4 + rounds, 4 + 2 * rounds):
-        plain.append(step(hooks, number))
-        auditor.interval = 1
-        audited.append(step(hooks, number))
-        auditor.interval = 10**9
-    base, with_look = statistics.median(plain), statistics.median(audited)
-    look = statistics.median(a - b for a, b in zip(audited, plain, strict=True))
     answer = {
         "ranks": ranks,
         "rounds": rounds,
         "hooks": {
-            "seconds_finalisation": statistics.median(a for a, _ in pairs),
-            "seconds_hooks": statistics.median(b for _, b in pairs),
-            "ratio": statistics.median(b / a for a, b in pairs),
+            "seconds_finalisation": statistics.median(t for a, _, _, d in quads for t in (a, d)),
+            "seconds_hooks": statistics.median(t for _, b, c, _ in quads for t in (b, c)),
+            "ratio": quartiles([(b + c) / (a + d) for a, b, c, d in quads]),
+            "noise": quartiles([d / a for a, _, _, d in quads]),
         },
         "bytes_a_step": {"sent": sent, "least": least},
-        "auditor": {
-            "seconds_step": base,
-            "seconds_look": look,
-            "ratio_interval_1": with_look / base,
-            "ratio_interval_10": 1 + look / (10 * base),
-            "ratio_interval_100": 1 + look / (100 * base),
-        },
+        "auditor": {f"interval_{interval}": looks(hooks, step, interval, count) for interval, count in ((1, rounds), (10, 100), (100, 100))},
     }
     print(json.dumps(answer))
     shutdown()
+
+
+def looks(engine: Any, step: Any, interval: int, count: int) -> dict[str, float]:
+    """`count` steps with the auditor at its interval: what its looks cost of their time."""
+    audit, spent = engine.audit, []
+    before_update = audit.before_update
+
+    def timed(number: int) -> None:
+        began = time.perf_counter()
+        before_update(number)
+        if audit.auditor.due(number):
+            spent.append(time.perf_counter() - began)
+
+    audit.before_update, audit.auditor.interval = timed, interval
+    whole = sum(step(engine, 10**7 + number) for number in range(1, count + 1))  # 10**7: a multiple of every interval
+    audit.before_update, audit.auditor.interval = before_update, 10**9
+    return {"steps": count, "looks": len(spent), "seconds_look": statistics.median(spent), "ratio": whole / (whole - sum(spent))}
+
+
+def quartiles(values: list[float]) -> dict[str, float]:
+    """Median and the quartiles around it."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return {"median": middle, "low": low, "high": high}
 
 
 def cpu() -> str:

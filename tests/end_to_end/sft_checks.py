@@ -30,7 +30,7 @@ def recipe(output: Path, *, parallel: dict[str, Any] | None = None, **changes: A
         "logging": dict(tensorboard=False, report=False),
     }  # fmt: skip
     for section, values in changes.items():
-        base[section] = {**base[section], **values} if isinstance(values, dict) else values
+        base[section] = {**base.get(section, {}), **values} if isinstance(values, dict) else values
     return base
 
 

@@ -12,6 +12,9 @@ from replica_extras import DECLARED, add_extras
 BIASED = {**MOE, "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True, "moe_aux_loss_coeff": 0.0}
 NORM = "decoder.layers.1.pre_mlp_layernorm.weight"
 ROUTER = "decoder.layers.1.mlp.router.weight"
+QKV = "decoder.layers.0.self_attention.linear_qkv.weight"
+EXPERT = "decoder.layers.0.mlp.experts.local_experts.3.linear_fc1.weight"
+STATES = {"moments": (NORM, "exp_avg"), "second moments": (NORM, "exp_avg_sq"), "masters": (NORM, "master"), "expert's moments": (EXPERT, "exp_avg")}
 
 
 def one(run: Run, name: str) -> Any:
@@ -42,6 +45,14 @@ def audited(fault: str | None, layout: dict[str, Any], options: dict[str, Any]) 
                     module.expert_bias = module.expert_bias.bfloat16()
         if fault == "allreduce=False":
             one(run, NORM).allreduce = False
+        if fault == "last element" and run.grid.rank == 1:
+            one(run, ROUTER).data[-1, -1] += 1e-3
+        if fault == "exchanged" and run.grid.rank == 1:
+            one(run, ROUTER).data[0, :2] = one(run, ROUTER).data[0, :2].flip(0)
+        if fault == "cut weight" and run.grid.rank == 1:
+            one(run, QKV).data[0, 0] += 1e-3
+        if fault == "another dtype":
+            run.models[0].register_buffer("scales", torch.zeros(4, dtype=torch.bfloat16 if run.grid.rank else torch.float32))
 
     def prepare(models: Any, grid: Any) -> None:
         add_extras(models, grid, options.get("kinds", ()), options.get("declared"))
@@ -58,6 +69,9 @@ def audited(fault: str | None, layout: dict[str, Any], options: dict[str, Any]) 
     )
     if fault == "hook gone":
         _disarm(run, one(run, NORM))
+    if fault == "norm of one rank" and run.grid.rank == 1:
+        honest = run.optimizer.get_grad_norm
+        run.optimizer.get_grad_norm = lambda: 2 * honest()
     auditor = Auditor(
         run.grid, lambda: held_by(run.models, run.grid), run.chunks, run.optimizer, run.placements, interval=1, repair=options.get("repair", False)
     )
@@ -70,19 +84,20 @@ def audited(fault: str | None, layout: dict[str, Any], options: dict[str, Any]) 
         run.optimizer.step()
     after = auditor.summary()
     destroy_grid()
-    return {"found": [(f.parameter, f.cause, f.group, f.ranks, f.first_step, f.difference, f.follows) for f in found], "summary": after}
+    return {"found": [(f.parameter, f.cause, f.group, f.ranks, f.first_step, f.difference, f.follows, f.fix) for f in found], "summary": after}
 
 
 def _break(run: Run, fault: str | None) -> None:
     """Faults of the second step, on rank 1."""
     if fault == "weight":
         one(run, NORM).data[3] += 1e-3
-    elif fault == "moments":
+    elif fault in STATES:
         from megalign.parallel.audit.held import states
 
-        (held,) = [h for h in _held(run) if h.name == NORM]
+        name, kind = STATES[fault]
+        (held,) = [h for h in _held(run) if h.name == name]
         for entry in states([held], run.optimizer):
-            if entry.kind == "exp_avg":
+            if entry.kind == kind:
                 entry.value.view(-1)[:1] += 1e-3
     elif fault == "frozen":
         one(run, NORM).requires_grad_(False)

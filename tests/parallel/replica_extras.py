@@ -7,6 +7,7 @@ import hashlib
 from typing import Any
 
 import torch
+import torch.distributed.nn
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
@@ -26,7 +27,18 @@ DECLARED: dict[str, dict[str, Any]] = {
     "shared_scale": dict(tensor="sequence", pipeline="partial"),  # the same vector on every stage
     "expert_a": dict(shard="expert", expert_tensor="partial"),
     "expert_b": dict(shard=("expert", "expert_tensor")),
+    "pool": dict(tensor="duplicated"),  # weighs a sum over all tokens that an all-reduce makes, in backward too; under sequence parallelism: partial
 }
+
+
+def known_cuts() -> None:
+    """How they are cut, for comparisons by name."""
+    from megalign.models.hf import shards
+
+    layer = "decoder.layers.{layer}."
+    shards.CUTS |= dict.fromkeys(("table", "shared_scale", layer + "pool", layer + "self_attention.linear_qkv.lora_a"), shards.Whole)
+    shards.CUTS |= dict.fromkeys((layer + "self_attention.core_attention.head_scale", layer + shards.EXPERT + "linear_fc1.expert_a"), shards.Whole)
+    shards.CUTS |= {layer + "self_attention.linear_qkv.lora_b": shards.Rows, layer + shards.EXPERT + "linear_fc1.expert_b": shards.GatedRows}
 
 
 def drawn(name: str, *shape: int) -> torch.Tensor:
@@ -42,7 +54,8 @@ def add_extras(models: list[Any], grid: Grid, kinds: tuple[str, ...] = tuple(DEC
     def new(owner: Any, attribute: str, kind: str, value: torch.Tensor) -> torch.nn.Parameter:
         parameter = torch.nn.Parameter(value.contiguous().to(models[0].config.params_dtype))
         owner.register_parameter(attribute, parameter)
-        return declare(parameter, **said[kind]) if kind in said else parameter
+        how = dict(tensor="partial") if kind == "pool" and models[0].config.sequence_parallel else said.get(kind, {})
+        return declare(parameter, **how) if kind in said else parameter
 
     for chunk in models:
         config, tp = chunk.config, grid.tensor
@@ -64,6 +77,8 @@ def add_extras(models: list[Any], grid: Grid, kinds: tuple[str, ...] = tuple(DEC
                 core.register_forward_hook(lambda module, inputs, output, scale=scale: (output.unflatten(-1, (-1, len(scale))) * scale).flatten(-2))
             if shared is not None:
                 layer.register_forward_hook(lambda module, inputs, output, s=shared: (output[0] * (1 + s), *output[1:]))
+            if "pool" in kinds:
+                layer.register_forward_hook(_pool(new(layer, "pool", "pool", drawn(f"{number}.pool", WIDTH)), config, tp))
             if "expert_a" in kinds and hasattr(layer.mlp, "experts"):
                 _expert_loras(layer.mlp.experts, number, grid, new)
 
@@ -81,6 +96,17 @@ def _lora(a: torch.nn.Parameter, b: torch.nn.Parameter, config: Any, tp: Any) ->
         x = inputs[0]
         x = gather_from_sequence_parallel_region(x, group=tp.group) if config.sequence_parallel else copy_to_tensor_model_parallel_region(x, group=tp.group)
         return output[0] + F.linear(F.linear(x, a), b), *output[1:]
+
+    return hook
+
+
+def _pool(weight: torch.nn.Parameter, config: Any, tp: Any) -> Any:
+    def hook(module: Any, inputs: Any, output: Any) -> Any:
+        mine = output[0].detach()  # each rank sums some of the tokens; backward, the group adds up what each makes of the result
+        tokens = mine.shape[0] * (tp.size if config.sequence_parallel else 1)
+        mine = mine if config.sequence_parallel else mine.chunk(tp.size)[tp.rank]
+        pooled = weight * mine.sum(0, keepdim=True) / tokens
+        return output[0] + (torch.distributed.nn.all_reduce(pooled, group=tp.group) if tp.size > 1 else pooled), *output[1:]
 
     return hook
 

@@ -30,6 +30,7 @@ FAULTS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str, str, bool]] = 
     "mean for sum": (SMALL, TP2, ROUTER, f.TOO_SMALL, "tensor", False),
     "sum for full": (LEARNED, TP2, TABLE, f.TOO_LARGE, "tensor", False),
     "lost factor": (SMALL, dict(data_parallel_size=2), ROUTER, f.TOO_SMALL, "data_context", True),
+    "small lost factor": (SMALL, dict(data_parallel_size=2), "decoder.final_layernorm.gain", f.TOO_SMALL, "data_context", False),
     "reduced twice": (SMALL, TP2, ROUTER, f.TOO_LARGE, "tensor", False),
     "one rank's part": (SMALL, TP2, ROUTER, f.WRONG, "", False),
 }
