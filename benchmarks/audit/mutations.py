@@ -20,8 +20,8 @@ RESULTS, PAGE = ROOT / "benchmarks/results/mutations.json", ROOT / "docs/mutatio
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/parallel")]
 
 import mutant_checks  # noqa: E402
-from mutants import AUDITOR, FLAGS, HOOKS, MUTANTS, PROBE, REFUSALS, Mutant  # noqa: E402
 from ranks import run_ranks  # noqa: E402
+from reduction_mutants import AUDITOR, FLAGS, HOOKS, MUTANTS, PROBE, REFUSALS, Mutant  # noqa: E402
 
 SECTIONS = {"Flags": FLAGS, "Hooks and reducers": HOOKS, "Refusals": REFUSALS, "The auditor: comparison, norm, what follows": AUDITOR, "The auditor: probe": PROBE}
 

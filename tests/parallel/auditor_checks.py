@@ -1,4 +1,4 @@
-"""Whether the auditor still finds a fault, names it, and does what follows; run on two ranks, with a mutation in it or not (mutants.py)."""
+"""Whether the auditor still finds a fault, names it, and does what follows; run on two ranks, with a mutation in it or not (reduction_mutants.py)."""
 
 from __future__ import annotations
 

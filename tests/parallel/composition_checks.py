@@ -63,7 +63,8 @@ def sinks(layout: dict[str, Any], declared: bool) -> tuple[float, float]:
     shape = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": HEADS}
     run = Run(shape, layout, distributed=False, hooks=True if declared or not layout else None, prepare=add)
     run.backward()
-    own = sum(p.main_grad.double().square().sum() for name, p in run.models[0].named_parameters() if name.endswith("softmax_offset"))
+    named: Any = run.models[0].named_parameters()
+    own = sum(p.main_grad.double().square().sum() for name, p in named if name.endswith("softmax_offset"))
     _, norm, _ = run.optimizer.step()
     _forget()
     return float(norm), float(own) ** 0.5

@@ -1,4 +1,4 @@
-"""The checks that mutations run with (mutants.py), on ranks: each returns what is wrong, nothing if all is well."""
+"""The checks that mutations run with (reduction_mutants.py), on ranks: each returns what is wrong, nothing if all is well."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from cell_checks import SMOOTH, _forget, _parameters, gather_gradients, gradient_errors
 from layout_checks import Run, microbatches
-from mutants import MUTANTS, broken
+from reduction_mutants import MUTANTS, broken
 from replica_checks import MOE, plain_moe
 from replica_extras import DECLARED, add_extras, known_cuts
 

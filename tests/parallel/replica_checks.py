@@ -40,6 +40,8 @@ def extra_gradients(layout: dict[str, Any], options: dict[str, Any]) -> dict[str
         bucket_size=options.get("bucket_size"),
         bf16=options.get("bf16", False),
         hooks=options.get("hooks", True),
+        lr=1e-2,
+        adam_eps=1e-2,  # smooth: the second step can be held to the same tolerance
         prepare=lambda models, grid: add_extras(models, grid, kinds, options.get("declared")),
     )
     if "without" in options:  # a mutation: these hooks are gone

@@ -54,7 +54,7 @@ def add_extras(models: list[Any], grid: Grid, kinds: tuple[str, ...] = tuple(DEC
     def new(owner: Any, attribute: str, kind: str, value: torch.Tensor) -> torch.nn.Parameter:
         parameter = torch.nn.Parameter(value.contiguous().to(models[0].config.params_dtype))
         owner.register_parameter(attribute, parameter)
-        how = dict(tensor="partial") if kind == "pool" and models[0].config.sequence_parallel else said.get(kind, {})
+        how: dict[str, Any] = dict(tensor="partial") if kind == "pool" and models[0].config.sequence_parallel else said.get(kind, {})
         return declare(parameter, **how) if kind in said else parameter
 
     for chunk in models:

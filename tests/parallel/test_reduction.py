@@ -50,7 +50,7 @@ def test_every_kind_of_copy_equals_one_process(world: int, name: str):
     assert result["grads"].keys() == expected["grads"].keys()
     for key, gradient in expected["grads"].items():
         off = float((result["grads"][key] - gradient).abs().max() / gradient.abs().max())
-        assert off <= 2e-5, f"{key}: {off:.2e}"  # the second step's: Adam has amplified the first step's rounding
+        assert off <= 2e-5, f"{key}: {off:.2e}"
 
 
 @pytest.mark.parametrize("world, name", [*((2, name) for name in TWO), *((4, name) for name in FOUR)])
