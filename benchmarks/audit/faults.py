@@ -104,6 +104,7 @@ def page(results: Results) -> str:
         f"- first set: **{caught['first']} of {len(FIRST)}** caught, on {len({fault.layout for fault in FAULTS.values()})} layouts;",
         f"- second set, written after the auditor had landed (09214b0) and reported as it came out (below): **{caught['second']} of {len(SECOND)}** caught;",
         f"- without a fault: **{alarms} alarms** in {len(clean)} runs.",
+        *earlier(results),
         "",
         "## Confusion table",
         "",
@@ -133,6 +134,15 @@ def page(results: Results) -> str:
     lines += ["## Without a fault", "", f"{len(clean)} runs, of {', '.join(sorted({name.rsplit(', ', 1)[1] for name in clean}))}, in FP32 and BF16.", ""]
     lines += [f"- {name}: {count} findings" for name, count in clean.items() if count] or ["No finding in any of them."]
     return "\n".join(lines) + "\n"
+
+
+def earlier(results: Results) -> list[str]:
+    """What an auditor before this one said of the cells that are not looked at again yet."""
+    if "earlier" not in results:
+        return []
+    missing = {name: count for name, count in results["earlier"]["clean"].items() if name not in results["clean"]}
+    alarms = sum(bool(count) for count in missing.values())
+    return [f"- without a fault, with the auditor of commit {results['earlier']['auditor']}: {alarms} alarms in {len(missing)} more runs of the matrix."] if missing else []
 
 
 def confusion(found: Results) -> list[str]:
