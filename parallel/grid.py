@@ -6,6 +6,7 @@ Rank order is megatron's tp-cp-ep-dp-pp: tensor-parallel neighbours are adjacent
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,7 +118,18 @@ def create_grid(
 
 
 def destroy_grid() -> None:
-    """Forget the groups, so that another layout can be created in the same world."""
+    """Give up the groups of this layout, so that another can be created in the same world (collective)."""
+    dist.barrier()  # no rank closes a connection that another still reads from
+    forget_grid()
+    # Each group of gloo has three threads, which wake now and then as long as anything holds the group.
+    for group in list(dist.distributed_c10d._world.pg_map):  # pyright: ignore[reportPrivateImportUsage]
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+    gc.collect()
+
+
+def forget_grid() -> None:
+    """Have megatron forget the groups; no other rank is asked."""
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()

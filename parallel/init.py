@@ -150,7 +150,7 @@ def device() -> torch.device:
 def shutdown() -> None:
     """Leave the process group; safe to call twice and without `init()`."""
     if dist.is_initialized():
-        from megalign.parallel.grid import destroy_grid
+        from megalign.parallel.grid import forget_grid
 
-        destroy_grid()
+        forget_grid()
         dist.destroy_process_group()

@@ -1,5 +1,6 @@
 """What the fork server imports before it forks ranks. It must not create a process group or a CUDA context."""
 
+import gc
 import warnings
 
 import torch
@@ -11,3 +12,5 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import_megatron()
     import megalign.sft  # noqa: F401
+gc.collect()
+gc.freeze()  # what every rank has from here need not be looked through again
