@@ -161,11 +161,13 @@ def convert(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Hugging Face folder to write.", show_default=False)],
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     ema: Annotated[bool | None, typer.Option(help="The weights averaged by train.ema_decay, or those trained last.  [default: those evaluated]")] = None,
+    adapter: Annotated[bool, typer.Option("--adapter", help="Of a LoRA run: the adapters alone, as a PEFT folder; else they are merged into their base.")] = False,
+    base: Annotated[str | None, typer.Option(help="Of a LoRA run: folder of its base, if it has moved.")] = None,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder (safetensors, config, tokenizer)."""
     from megalign.serving import write_hugging_face
 
-    _run_ranks(1, Path("."), lambda world: write_hugging_face(checkpoint, folder.resolve(), dtype, world, ema))
+    _run_ranks(1, Path("."), lambda world: write_hugging_face(checkpoint, folder.resolve(), dtype, world, ema, adapter=adapter, base=base))
 
 
 @app.command()

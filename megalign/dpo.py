@@ -26,16 +26,17 @@ from megalign.losses.pairs import Pairs, PairTerms
 from megalign.models.sequences import sequence_logprobs, sequence_tokens
 from megalign.parallel.grid import Grid
 from megalign.parallel.init import World
+from megalign.trainer.base import model_hash
 from megalign.trainer.engine import Engine
 from megalign.trainer.objective import Objective
 from megalign.trainer.pair_samples import write_sample_pairs
 from megalign.trainer.preference_watch import LengthBias, MarginCollapse
 from megalign.trainer.reference import (
     REF_LOGPROB,
+    BaseReference,
     ReferenceModel,
     cache_reference,
     check_step_zero,
-    model_hash,
     reference_recipe,
 )
 from megalign.trainer.session import Algorithm, open_session
@@ -88,10 +89,12 @@ def dpo(recipe: Recipe, world: World) -> None:
         folder = Path(recipe.dpo.reference_cache or session.run.path / "reference")
         sets = {"train": train, "validation": session.validation}
         notes.append(("reference", cache_reference(frozen, grid, session.vocab_size, folder, key, sets)))
-    elif needs_reference:
+    elif needs_reference and recipe.dpo.reference == "model":
         prepare = ReferenceModel(frozen, grid, session.vocab_size).prepare
 
     engine = Engine(recipe, grid, session.vocab_size)
+    if needs_reference and recipe.dpo.reference == "base":
+        prepare = BaseReference(engine).prepare
     if needs_reference and session.resume_from is None and recipe.dpo.reference_from is None:
         notes.append(("reference", check_step_zero(engine, train, prepare)))
     objective = Objective(pair_loss(recipe, grid), count=pair_weight, predict_ahead=False, prepare=prepare)
@@ -150,6 +153,6 @@ def monitors(recipe: Recipe) -> dict[str, MarginCollapse | LengthBias]:
 def without_dropout(recipe: Recipe) -> Recipe:
     """Policy and reference must be comparable: no dropout, as in TRL. Rows are pairs, dealt by their length."""
     recipe = recipe.model_copy(deep=True)
-    recipe.model.hidden_dropout = recipe.model.attention_dropout = 0.0
+    recipe.model.hidden_dropout = recipe.model.attention_dropout = recipe.lora.dropout = 0.0
     recipe.data.packing = False
     return recipe

@@ -115,7 +115,7 @@ def _facts(recipe: Recipe, vocabulary: int, world: int, device: Device | None, a
     counts = count_parameters(recipe.model, rows)
     kind = device.kind if device else "cuda"
     facts: dict[str, Any] = {
-        "models": models_of(algorithm, reward_model),
+        "models": models_of(algorithm, reward_model, recipe),
         "parameters": {"total": counts.total, "active": counts.active, "by_part": counts.by_part},
         "layout": vars(layout),
         "memory_per_rank": memory_per_rank(recipe, vocabulary, world, algorithm=algorithm, reward_model=reward_model, device=kind),
@@ -154,7 +154,7 @@ def _advice_page(
     room = device.memory * device.usable
     head = (
         f"{gpus} {device.name} ({device.source}), {recipe.data.sequence_length} tokens a row, {recipe.train.global_batch_size} rows a step, "
-        f"{recipe.train.precision}, {algorithm}: {', '.join(models_of(algorithm))}\n"
+        f"{recipe.train.precision}, {algorithm}: {', '.join(models_of(algorithm, recipe=recipe))}\n"
         f"{advice.tried} layouts tried, {advice.refused} refused by the validator, {advice.too_large} over "
         f"{device.usable:.0%} of {human_bytes(int(device.memory))}, {len(advice.candidates)} fit"
     )
@@ -186,7 +186,7 @@ def _memory_table(facts: dict[str, Any], algorithm: Algorithm) -> RenderableType
     title = f"memory of one rank, {algorithm}: {', '.join(facts['models'])}"
     table = plain_table("", "part", *(f"stage {stage['stage']}" for stage in shown))
     for part in (name for name in stages[0] if name != "stage"):
-        spell = human_count if part == "parameters" else human_bytes
+        spell = human_count if part in ("parameters", "adapters") else human_bytes
         table.add_row(part, *(spell(stage[part]) for stage in shown), style="bold" if part == "total" else "")
     return _titled(title, table)
 

@@ -14,12 +14,15 @@ from megalign.config.load import apply_overrides
 from megalign.config.rules import check
 from megalign.config.schema import ParallelConfig, Recipe
 from megalign.data.tokenizer import Tokenizer, load_tokenizer
+from megalign.models.peft import save_adapter
 from megalign.models.pretrained import save_pretrained
 from megalign.models.resolve import own_checkpoint
 from megalign.parallel.checkpoint import CheckpointError, read_meta
 from megalign.parallel.init import World
+from megalign.parallel.lora import merge
 from megalign.rollout.sampler import SamplingParams
 from megalign.rollout.talk import COMMANDS
+from megalign.trainer.base import with_base
 from megalign.trainer.engine import Engine
 from megalign.trainer.run import grid_of
 
@@ -36,10 +39,14 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def recipe_for(checkpoint: Path, overrides: list[str]) -> Recipe:
-    """The recipe that trained a checkpoint, on one rank unless `overrides` ask for a layout."""
+    """The recipe that trained a checkpoint, on one rank unless `overrides` ask for a layout. Of adapters, with their base."""
     meta = read_meta(checkpoint)
     recipe = Recipe(**meta["recipe"])
-    recipe.model.init_from = None  # the weights come from the checkpoint,
+    if recipe.lora.rank is not None:
+        moved = [text.partition("=")[2] for text in overrides if text.startswith("model.init_from=")]
+        recipe = with_base(checkpoint, recipe, moved[-1] if moved else None)
+    else:
+        recipe.model.init_from = None  # the weights come from the checkpoint,
     recipe.data.tokenizer.path = str(checkpoint / "tokenizer")  # and so do the tokenizer
     recipe.data.template = "tokenizer"  # and its template
     recipe.model.vocab_size = meta["identity"]["vocab_size"]
@@ -113,12 +120,28 @@ def chat_with(
     )
 
 
-def write_hugging_face(path: Path, folder: Path, dtype: str, world: World, ema: bool | None = None) -> None:
-    """Write a checkpoint as a Hugging Face folder (collective). ema: the averaged weights, or those trained last; None: as evaluated."""
+def write_hugging_face(
+    path: Path, folder: Path, dtype: str, world: World, ema: bool | None = None, *, adapter: bool = False, base: str | None = None
+) -> None:
+    """Write a checkpoint as a Hugging Face folder (collective). ema: the averaged weights, or those trained last; None: as evaluated.
+
+    Of a checkpoint of adapters they are merged into their base; adapter: written alone, as a PEFT folder. base: where the base is now.
+    """
     if dtype not in ("float32", "bfloat16"):
         raise CheckpointError(f"--dtype is {dtype!r}: it must be float32 or bfloat16")
-    engine, checkpoint = load_for_inference(path, [] if ema is None else [f"train.eval_ema={str(ema).lower()}"], world)
-    model = engine.recipe.model
+    overrides = [] if ema is None else [f"train.eval_ema={str(ema).lower()}"]
+    engine, checkpoint = load_for_inference(path, overrides + ([] if base is None else [f"model.init_from={base}"]), world)
+    model, lora = engine.recipe.model, engine.recipe.lora
+    if lora.rank is None and (adapter or base is not None):
+        raise CheckpointError(f"{checkpoint} holds a whole model and no adapters; leave out --{'adapter' if adapter else 'base'}")
+    if adapter:
+        save_adapter(folder, engine.models, model, lora, engine.grid, int(model.vocab_size or 0), getattr(torch, dtype))
+        if world.rank == 0:
+            print(f"{folder}: adapters of rank {lora.rank} in {dtype} for PEFT, on {model.init_from}, from {checkpoint}")
+        return
+    for chunk in engine.models if lora.rank is not None else ():
+        chunk.float()  # a product of rank r is below what BF16 weights can take up
+    merge(engine.models)
     tokenizer = stored_tokenizer(checkpoint)
     eos = tokenizer.end_of_turn
     save_pretrained(folder, engine.models, model, engine.grid, int(model.vocab_size or 0), checkpoint / "tokenizer", eos, getattr(torch, dtype))

@@ -170,6 +170,8 @@ def load(
     """
     from megatron.core import dist_checkpointing
 
+    from megalign.parallel.lora import has_adapters
+
     def check() -> None:
         names = sorted(json.loads((checkpoint / "manifest.json").read_text())["files"]) if (checkpoint / "manifest.json").exists() else []
         verify(checkpoint, names[grid.rank :: grid.world])
@@ -192,7 +194,8 @@ def load(
         wanted |= {f"ema{i}": requested_average(wanted[f"model{i}"], stored) for i in range(len(chunks))}
     state: Any = dist_checkpointing.load(wanted, str(checkpoint / "state"))
     for i, chunk in enumerate(chunks):
-        _unwrap(chunk).load_state_dict(state[f"model{i}"])
+        # The base of adapters is not in the checkpoint. That all that was wanted is there, megatron's load has checked.
+        _unwrap(chunk).load_state_dict(state[f"model{i}"], strict=not has_adapters(chunk))
     if optimizer is not None:
         load_optimizer(optimizer, state["optimizer"])
     if shadow is not None and not has_average:
@@ -218,13 +221,23 @@ def sharded_state(chunks: Sequence[Any], optimizer: Any | None, grid: Grid, *, l
         "chained_optim_avoid_prefix": True,
         "singleton_local_shards": False,
     }
-    state: dict[str, Any] = {f"model{i}": _unwrap(chunk).sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
+    state: dict[str, Any] = {f"model{i}": _stored(_unwrap(chunk), metadata) for i, chunk in enumerate(chunks)}
     if optimizer is not None:
         models = {key: value for part in state.values() for key, value in part.items()} if len(chunks) == 1 else state
         state["optimizer"] = sharded_optimizer(optimizer, models, loading=loading, metadata=metadata)
     if shadow is not None:
         state |= {f"ema{i}": sharded_average(shadow, state[f"model{i}"], loading=loading) for i in range(len(chunks))}
     return state
+
+
+def _stored(chunk: Any, metadata: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint holds of a chunk: all, or of a model with adapters these and what is trained beside them."""
+    from megalign.parallel.lora import has_adapters, is_adapter
+
+    state = chunk.sharded_state_dict(metadata=metadata)
+    if not has_adapters(chunk):
+        return state
+    return {name: entry for name, entry in state.items() if is_adapter(name) or getattr(entry.data, "requires_grad", False)}
 
 
 def _unwrap(chunk: Any) -> Any:

@@ -25,6 +25,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
 from megalign.kernels.elementwise import swiglu
+from megalign.parallel.lora import grouped_delta
 
 # torch 2.10 made it public; 2.9 has the private one.
 grouped_mm: Any = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
@@ -49,7 +50,7 @@ class GroupedExperts(SequentialMLP):
         x, config = permuted_local_hidden_states, self.config
         experts: Any = self.local_experts
         ends = torch.as_tensor(tokens_per_expert, device=x.device).cumsum(0).to(torch.int32)
-        inner = _GroupedLinear.apply(x, ends, *(expert.linear_fc1() for expert in experts))
+        inner = _project(x, ends, [expert.linear_fc1 for expert in experts])
         if config.gated_linear_unit and config.activation_func is F.silu:
             inner = swiglu(inner)
         elif config.gated_linear_unit:
@@ -58,7 +59,16 @@ class GroupedExperts(SequentialMLP):
         else:
             inner = config.activation_func(inner)
         inner = (inner * permuted_probs.unsqueeze(-1)).to(x.dtype)
-        return _GroupedLinear.apply(inner, ends, *(expert.linear_fc2() for expert in experts)), None
+        return _project(inner, ends, [expert.linear_fc2 for expert in experts]), None
+
+
+def _project(x: Tensor, ends: Tensor, layers: list[Any]) -> Tensor:
+    """One projection of every expert, with its adapters where it has some."""
+    out: Any = _GroupedLinear.apply(x, ends, *(layer() for layer in layers))
+    adapters = getattr(layers[0], "adapters", None)
+    if adapters is None or not adapters.enabled:
+        return out
+    return out + grouped_delta(layers, x, lambda rows, weights: _GroupedLinear.apply(rows, ends, *weights))  # pyright: ignore
 
 
 class _GroupedLinear(torch.autograd.Function):

@@ -86,7 +86,7 @@ def declare(
     Raises ValueError for an axis both cut and copied, and for an unknown one.
 
         declare(self.value_head.weight, tensor="sequence")                   # replicated head on the hidden states
-        declare(lora_a, tensor="partial"); declare(lora_b, shard="tensor")   # of a column-parallel layer
+        declare(lora_a, tensor="sequence"); declare(lora_b, shard="tensor")  # of a column-parallel layer (lora.py)
         declare(expert_lora_a, shard="expert", expert_tensor="partial")
     """
     cut = (shard,) if isinstance(shard, str) else tuple(shard)
@@ -228,7 +228,7 @@ def _widths(config: Any) -> set[int]:
     return {config.hidden_size, getattr(config, "q_lora_rank", None), getattr(config, "kv_lora_rank", None)} - {None}  # pyright: ignore[reportReturnType]
 
 
-_CUT = re.compile("(TE)?((LayerNorm)?(Column|Row)Parallel(Grouped)?Linear|VocabParallelEmbedding)")
+_CUT = re.compile("(Lora)?(TE)?((LayerNorm)?(Column|Row)Parallel(Grouped)?Linear|VocabParallelEmbedding)")
 # Modules that are never cut over tensor ranks.
 _FOLLOWS_TOKENS = ("RMSNorm", "LayerNorm", "TopKRouter", "Linear")
 

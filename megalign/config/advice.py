@@ -6,6 +6,7 @@ from megalign.config.layout import layout_of
 from megalign.config.schema import Recipe
 
 FULL_FINE_TUNING_LR = (1e-6, 5e-5)
+LORA_LR = (1e-4, 3e-4)
 EPOCHS = 3.0
 WARMUP_SHARE = (0.03, 0.10)
 MIXTURE_SHARES = {"human": (0.10, 0.30), "reviewed": (0.10, 0.20), "synthetic": (0.50, 0.70), "replay": (0.05, 0.20)}
@@ -17,13 +18,13 @@ def warnings(recipe: Recipe, world_size: int | None = None) -> list[str]:
     layout = layout_of(recipe, world_size)
     found = []
 
-    low, high = FULL_FINE_TUNING_LR
+    adapted = recipe.lora.rank is not None
+    (low, high), what = (LORA_LR, "LoRA") if adapted else (FULL_FINE_TUNING_LR, "full fine-tuning")
     if model.init_from and not low <= optimizer.lr <= high:
         side, harm = ("above", "forget what it knew") if optimizer.lr > high else ("below", "barely move")
-        found.append(
-            f"optimizer.lr={optimizer.lr:g} is {side} the usual {low:g} to {high:g} of full fine-tuning: "
-            f"the model may {harm}"
-        )
+        found.append(f"optimizer.lr={optimizer.lr:g} is {side} the usual {low:g} to {high:g} of {what}: the model may {harm}")
+    elif not model.init_from and adapted:
+        found.append("lora.rank without model.init_from: the frozen weights are random, and adapters can repair little of that")
     elif not model.init_from and optimizer.lr <= high:
         found.append(
             f"model.init_from=null: the weights are random, and optimizer.lr={optimizer.lr:g} is a rate of fine-tuning, at most "
@@ -57,7 +58,7 @@ def warnings(recipe: Recipe, world_size: int | None = None) -> list[str]:
             "parallel.overlap_param_gather=true without overlap_grad_reduce: all parameters are one bucket "
             "(megatron-core's distributed_data_parallel.py:67), and gathering it overlaps nothing"
         )
-    if max(model.attention_dropout, model.hidden_dropout) > 0:
+    if max(model.attention_dropout, model.hidden_dropout, recipe.lora.dropout) > 0:
         found.append("dropout > 0: results depend on the parallel layout, because its random numbers do")
     return found + _about_experts(recipe) + _about_mixture(recipe)
 

@@ -19,6 +19,7 @@ from megalign.config.activations import (
     prediction_bytes,
     width_of,
 )
+from megalign.config.adapters import rank_adapters
 from megalign.config.layout import Layout, layers_with_experts, layout_of, padded_vocab
 from megalign.config.recompute import recomputed_modules
 from megalign.config.schema import ModelConfig, Recipe
@@ -32,10 +33,11 @@ TRAINED: dict[str, tuple[str, ...]] = {"sft": (), "dpo": (), "ppo": ("critic",),
 ROWS = {"dpo": 2}  # a pair is a chosen and a rejected row
 
 
-def models_of(algorithm: Algorithm, reward_model: bool = False) -> list[str]:
-    """The models in memory: PPO 4, DPO 2, GRPO 2 with a verifier and 3 with a reward model."""
+def models_of(algorithm: Algorithm, reward_model: bool = False, recipe: Recipe | None = None) -> list[str]:
+    """The models in memory: PPO 4, DPO 2, GRPO 2 with a verifier and 3 with a reward model; DPO 1 whose reference is the base of its adapters."""
     more = ("reward",) if reward_model and "reward" not in FROZEN[algorithm] else ()
-    return ["policy", *TRAINED[algorithm], *FROZEN[algorithm], *more]
+    frozen = () if algorithm == "dpo" and recipe is not None and recipe.dpo.reference == "base" else FROZEN[algorithm]
+    return ["policy", *TRAINED[algorithm], *frozen, *more]
 
 
 def memory_per_rank(
@@ -66,11 +68,13 @@ def memory_per_rank(
     total        the sum, of activations and kv_cache the larger
 
     With the distributed optimizer masters and moments are spread over the dp * cp ranks that hold the same weights,
-    those of experts over the expert-data-parallel ranks.
+    those of experts over the expert-data-parallel ranks. With adapters (lora.rank) the weights of the model are weights alone:
+    gradients, masters, moments and average are those of the adapters, and `adapters` counts their elements.
     """
     layout = layout_of(recipe, world_size)
     rows = padded_vocab(vocab_size, layout.tp)
-    return [_stage(recipe, layout, rows, stage, models_of(algorithm, reward_model), algorithm, device, scored) for stage in range(layout.pp)]
+    models = models_of(algorithm, reward_model, recipe)
+    return [_stage(recipe, layout, rows, stage, models, algorithm, device, scored) for stage in range(layout.pp)]
 
 
 def _stage(
@@ -78,24 +82,28 @@ def _stage(
 ) -> dict[str, int]:
     dense, experts = stage_parameters(recipe, layout, rows, stage)
     sharded = recipe.parallel.use_distributed_optimizer
-    owned = dense // (layout.dp * layout.cp) + experts // layout.expert_dp if sharded else dense + experts
+    added = rank_adapters(recipe, layout, stage_numbers(recipe, layout, stage))
+    trained, trained_experts = added if recipe.lora.rank is not None else (dense, experts)
+    owned = trained // (layout.dp * layout.cp) + trained_experts // layout.expert_dp if sharded else trained + trained_experts
     on_host = recipe.optimizer.optimizer_cpu_offload
     masters = owned * FP32 if recipe.train.precision == "bf16" or on_host else 0
     average = owned * FP32 if recipe.train.ema_decay is not None else 0
     memory = {
-        "weights": (dense + experts) * width_of(recipe),
-        "gradients": (dense + experts) * FP32,
+        "weights": (dense + experts + sum(added)) * width_of(recipe),
+        "gradients": (trained + trained_experts) * FP32,
         "masters": 0 if on_host else masters,
         "moments": 0 if on_host else owned * 2 * FP32,
         "average": 0 if on_host else average,
         "activations": peak_activations(recipe, layout, rows, stage, ROWS.get(algorithm, 1), device, scored),
     }
     states = sum(memory[part] for part in ("weights", "gradients", "masters", "moments", "average"))
-    others = {name: states if name in TRAINED[algorithm] else memory["weights"] for name in models[1:]}
+    frozen = (dense + experts) * width_of(recipe)
+    others = {name: states if name in TRAINED[algorithm] else frozen for name in models[1:]}
     cache = {"kv_cache": _kv_cache(recipe, layout, stage)} if algorithm in ("ppo", "grpo") else {}
     host = {"host": masters + owned * 2 * FP32 + average} if on_host else {}
     total = states + sum(others.values()) + max(memory["activations"], *cache.values(), 0)
-    return {"stage": stage, "parameters": dense + experts, **memory, **others, **cache, **host, "total": total}
+    adapters = {"adapters": sum(added)} if recipe.lora.rank is not None else {}
+    return {"stage": stage, "parameters": dense + experts + sum(added), **adapters, **memory, **others, **cache, **host, "total": total}
 
 
 def stage_parameters(recipe: Recipe, layout: Layout, rows: int, stage: int) -> tuple[int, int]:

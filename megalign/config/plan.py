@@ -12,6 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from megalign.config.adapters import count_adapters
 from megalign.config.layout import Layout, effective_batch, layout_of, padded_vocab, scaled_lr, total_steps
 from megalign.config.memory import memory_per_rank
 from megalign.config.rules import warnings
@@ -56,6 +57,9 @@ def _model_table(recipe: Recipe, layout: Layout, vocab: int) -> Table:
     for part, count in counts.by_part.items():
         table.add_row(part, human_count(count))
     table.add_row("total", f"{human_count(counts.total)}  ({counts.total:,})", style="bold")
+    if recipe.lora.rank is not None:
+        trained = count_adapters(recipe.model, recipe.lora)
+        table.add_row("adapters", f"{human_count(trained)}  ({trained:,}; {trained / counts.total:.2%} of the model, which is frozen)", style="bold")
     if counts.active != counts.total:
         table.add_row("active", f"{human_count(counts.active)}  ({what_is_active(counts)})")
     if modules := counts.by_part.get("mtp"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megalign.config import layout_rules, model_rules, preference, recompute
+from megalign.config import adapters, layout_rules, model_rules, preference, recompute
 from megalign.config.advice import warnings
 from megalign.config.errors import ConfigError, Problem, not_a_multiple
 from megalign.config.layout import Layout, layout_of, sequence_multiple, world_size_of
@@ -186,4 +186,5 @@ RULES = (
     sources,
     streaming,
     preference.preference,
+    adapters.adapters,
 )

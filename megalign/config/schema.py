@@ -7,9 +7,9 @@ decide (layouts, batch sizes, megatron-core's own rules) is decided in `rules.py
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Format = Literal[
     "auto", "messages", "sharegpt", "instruction", "prompt_completion", "xlam", "text", "preference", "hh", "comparison", "ranked",
@@ -254,7 +254,9 @@ class LoggingConfig(Section):
 class ReferenceConfig(Section):
     """What the policy is compared with."""
 
-    reference: Literal["cached", "model"] = Field(default="cached", description="cached: one pass over the data before training; model: a second model in memory")
+    reference: Literal["cached", "model", "base"] = Field(
+        default="cached", description="cached: one pass over the data before training; model: a second model in memory; base: the model without its adapters (lora)"
+    )
     reference_from: str | None = Field(default=None, description="Hugging Face folder, or run of ours, of the reference; default: what the policy starts from")
     reference_cache: str | None = Field(default=None, description="folder of the reference's log-probs, e.g. shared by runs with other betas; default: reference/ in output")
 
@@ -285,6 +287,25 @@ class KTOConfig(ReferenceConfig):
     undesirable_weight: float = Field(default=1.0, ge=0, description="of the loss of the others")
 
 
+class LoraConfig(Section):
+    """Low-rank adapters beside frozen weights (arXiv:2106.09685). PEFT's r, lora_alpha and lora_dropout are understood too."""
+
+    rank: int | None = Field(default=None, ge=1, description="columns of an adapter; null: no adapters, all weights are trained")
+    alpha: float | None = Field(default=None, gt=0, description="what adapters add is multiplied with alpha / rank; default 2 rank")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="on the input of the adapters")
+    target_modules: str | list[str] = Field(default="all-linear", description="all-linear, or some of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, ...")
+    use_rslora: bool = Field(default=False, description="alpha / sqrt(rank) in the place of alpha / rank (arXiv:2312.03732)")
+    modules_to_save: list[str] = Field(default=[], description="parameters trained as a whole beside the adapters: names as train.freeze takes them")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _peft_names(cls, data: Any) -> Any:
+        spelt = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
+        if isinstance(data, dict):  # a key given in both spellings stays, and is refused
+            return {spelt[key] if key in spelt and spelt[key] not in data else key: value for key, value in data.items()}
+        return data
+
+
 class AuditConfig(Section):
     """Whether all copies of a parameter are, and stay, equal (docs/replicated-gradients.md)."""
 
@@ -306,5 +327,6 @@ class Recipe(Section):
     train: TrainConfig = TrainConfig()
     dpo: DPOConfig = DPOConfig()
     kto: KTOConfig = KTOConfig()
+    lora: LoraConfig = LoraConfig()
     audit: AuditConfig = AuditConfig()
     logging: LoggingConfig = LoggingConfig()

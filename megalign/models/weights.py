@@ -91,11 +91,15 @@ def initialise(chunks: Sequence[Any], model: ModelConfig, grid: Grid, seed: int)
         if tied and name == "output_layer.weight":
             name = "embedding.word_embeddings.weight"
         std = narrow if name.endswith(("linear_proj.weight", "linear_fc2.weight")) else model.init_method_std
-        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        return torch.empty(shape).normal_(0, std, generator=generator)
+        return torch.empty(shape).normal_(0, std, generator=generator_of(seed, name))
 
     load_full(chunks, grid, draw)
+
+
+def generator_of(seed: int, name: str) -> torch.Generator:
+    """The source of a weight's random numbers."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def full_shape(name: str, local: torch.Size, place: Place) -> tuple[int, ...]:
@@ -109,13 +113,17 @@ def full_shape(name: str, local: torch.Size, place: Place) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def stream_full(chunks: Sequence[Any], grid: Grid, value: Callable[[Tensor], Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
+def stream_full(
+    chunks: Sequence[Any], grid: Grid, value: Callable[[Tensor], Tensor] | None = None, only: Callable[[str], bool] = lambda name: True
+) -> Iterator[tuple[str, Tensor]]:
     """Yield every full tensor once, on rank 0, one at a time; the other ranks yield nothing (collective).
 
-    value: what to stream of the parameters, e.g. their gradients; None: all weights. Consume it to the end on every rank.
+    value: what to stream of the parameters, e.g. their gradients; None: all weights. only: which global names. Consume it to
+    the end on every rank.
     """
     finish_parameters(chunks)
-    mine = list(named_parameters(chunks, grid) if value else named_weights(chunks, grid))
+    everything = named_parameters(chunks, grid) if value else named_weights(chunks, grid)
+    mine = [entry for entry in everything if only(entry[0])]
     gated = all(place.gated for _, _, place in mine)
     tied = any(chunk.share_embeddings_and_output_weights for chunk in map(_unwrapped, chunks))
     # A tied output layer is the embedding again, kept a second time by the last stage; so is that of prediction modules.

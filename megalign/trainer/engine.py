@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megalign.batch import Batch
 from megalign.config.schema import Recipe
+from megalign.models.adapters import add_adapters
 from megalign.models.build import build_chunks, run_options
 from megalign.models.forward import logprobs_ahead, scored_logprobs
 from megalign.models.freeze import freeze
@@ -95,6 +96,7 @@ class Engine:
             load_pretrained(models, recipe.model, grid, vocab_size)
         else:
             initialise(models, recipe.model, grid, seed)
+        add_adapters(models, recipe.model, recipe.lora, grid, seed)
         if train:
             freeze(models, grid, recipe.train.freeze)
             named: Any = [(name, parameter) for name, parameter, _ in named_parameters(models, grid)]

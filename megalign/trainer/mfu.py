@@ -31,8 +31,9 @@ class Speed:
         return {"tokens_per_second": tokens / seconds, "mfu": achieved / self.peak_flops if self.peak_flops else None, "step_time": seconds}
 
 
-def flops_per_token(model: ModelConfig, counts: Counts, statistics: dict[str, Any]) -> float:
-    """FLOPs of one token of this data, forward and backward, prediction modules included. statistics: those of the training set."""
+def flops_per_token(model: ModelConfig, counts: Counts, statistics: dict[str, Any], *, frozen: bool = False) -> float:
+    """FLOPs of one token of this data, forward and backward, prediction modules included. statistics: those of the training set.
+    frozen: only adapters are trained."""
     documents = max(1, statistics["rows_kept"])
     modules = model.mtp_num_layers or 0 if model.mtp_loss_scaling_factor else 0
     experts = layers_with_experts(model)[-1]
@@ -44,6 +45,7 @@ def flops_per_token(model: ModelConfig, counts: Counts, statistics: dict[str, An
         num_layers=model.num_layers + modules,
         num_attention_heads=model.num_attention_heads,
         kv_channels=_head_size(model),
+        frozen=frozen,
         sequence_length=min(statistics["sequence_length"], statistics["tokens"] / documents),
     )
 

@@ -162,8 +162,11 @@ def model_flops_per_token(
     num_attention_heads: int,
     kv_channels: float,
     sequence_length: float,
+    frozen: bool = False,
 ) -> float:
     """FLOPs of forward and backward for one token: `6 N + 12 L H K S` (PaLM, arXiv 2204.02311, appendix B).
+
+    frozen: no weight has a gradient, as under adapters: `4 N + 12 L H K S`, and what the adapters add is not counted.
 
     N: parameters that multiply this token, so the active experts only, and without the input
     embedding, which is a lookup: `active_parameters - embedding_parameters`. With tied embeddings the
@@ -173,7 +176,7 @@ def model_flops_per_token(
     and recomputation of activations is not counted.
     """
     matmul_parameters = active_parameters - embedding_parameters
-    return 6.0 * matmul_parameters + 12.0 * num_layers * num_attention_heads * kv_channels * sequence_length
+    return (4.0 if frozen else 6.0) * matmul_parameters + 12.0 * num_layers * num_attention_heads * kv_channels * sequence_length
 
 
 def model_flops_utilization(

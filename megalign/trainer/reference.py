@@ -1,6 +1,6 @@
-"""The frozen reference of preference optimisation: a cached pass over the data, or a second model in memory.
+"""The frozen reference of preference optimisation: a cached pass over the data, a second model in memory, or the base of adapters.
 
-Both start from the files that the policy started from (or from reference_from), loaded on their own, never from the
+The first two start from the files that the policy started from (or from reference_from), loaded on their own, never from the
 policy or its checkpoints: a resumed run keeps the reference it had. What they were made from is remembered as hashes of
 model, tokenizer, template and data; a difference is an error.
 """
@@ -8,7 +8,6 @@ model, tokenizer, template and data; a difference is an error.
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -20,14 +19,13 @@ import torch
 import torch.distributed as dist
 
 from megalign.batch import Batch
-from megalign.config.schema import Recipe, ReferenceConfig
-from megalign.data.cache import cache_folder
+from megalign.config.schema import LoraConfig, Recipe, ReferenceConfig
 from megalign.data.dataset import Dataset
-from megalign.data.source import file_digest
 from megalign.models.resolve import own_checkpoint
 from megalign.models.sequences import sequence_logprobs, sequence_tokens
 from megalign.parallel.grid import Grid
 from megalign.parallel.init import device
+from megalign.parallel.lora import adapters_off
 from megalign.parallel.schedule import from_last_stage, sum_over
 from megalign.trainer.batches import Batches
 from megalign.trainer.engine import Engine
@@ -40,25 +38,12 @@ TOLERANCE = {"fp32": 1e-6, "bf16": 2e-2}
 
 
 def reference_recipe(recipe: Recipe, settings: ReferenceConfig) -> Recipe:
-    """The recipe with the reference's weights as its start."""
-    if settings.reference_from is None:
-        return recipe
+    """The recipe with the reference's weights as its start, and no adapters."""
     changed = recipe.model_copy(deep=True)
-    changed.model.init_from = str(own_checkpoint(Path(settings.reference_from)) or settings.reference_from)
+    if settings.reference_from is not None:
+        changed.model.init_from = str(own_checkpoint(Path(settings.reference_from)) or settings.reference_from)
+    changed.lora = LoraConfig()
     return changed
-
-
-def model_hash(recipe: Recipe) -> str:
-    """SHA-256 of the weights that a run of this recipe starts from: the files of model.init_from, or shape and seed."""
-    model = recipe.model
-    if model.init_from is None:
-        return hashlib.sha256(json.dumps([model.model_dump(mode="json"), recipe.train.seed], sort_keys=True).encode()).hexdigest()
-    if (own := own_checkpoint(Path(model.init_from))) is not None:  # its manifest has the SHA-256 of every file
-        return hashlib.sha256((own / "manifest.json").read_bytes()).hexdigest()
-    folder = cache_folder(recipe)
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [file for file in sorted(Path(model.init_from).iterdir()) if file.name == "config.json" or file.suffix == ".safetensors"]
-    return hashlib.sha256("\n".join(f"{file.name} {file_digest(file, folder)}" for file in files).encode()).hexdigest()
 
 
 def cache_reference(recipe: Recipe, grid: Grid, vocab_size: int, folder: Path, made_from: Mapping[str, str], sets: Mapping[str, Dataset]) -> str:
@@ -126,11 +111,27 @@ class ReferenceModel:
             model.requires_grad_(False)
 
     def prepare(self, microbatches: Sequence[Batch]) -> None:
-        """Put the reference's log-probs into the batches (known on the last stage alone, where the loss is)."""
-        grid = self.engine.grid
-        for batch, logprobs in zip(microbatches, self.engine.score(microbatches, lambda output, batch: sequence_logprobs(output, batch, grid))):
-            if batch.values:  # else it is all padding
-                batch.values[REF_LOGPROB] = logprobs.double()
+        """Put the reference's log-probs into the batches."""
+        _score_into(microbatches, self.engine)
+
+
+class BaseReference:
+    """The reference as the policy's own base, its adapters off: no second model, and it cannot change, for the base is frozen."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+
+    def prepare(self, microbatches: Sequence[Batch]) -> None:
+        """Put the reference's log-probs into the batches."""
+        with adapters_off(self.engine.models):
+            _score_into(microbatches, self.engine)
+
+
+def _score_into(microbatches: Sequence[Batch], engine: Engine) -> None:
+    """Known on the last stage alone, where the loss is."""
+    for batch, logprobs in zip(microbatches, engine.score(microbatches, lambda output, batch: sequence_logprobs(output, batch, engine.grid))):
+        if batch.values:  # else it is all padding
+            batch.values[REF_LOGPROB] = logprobs.double()
 
 
 def check_step_zero(engine: Engine, dataset: Dataset, prepare: Callable[[Sequence[Batch]], None] | None) -> str:

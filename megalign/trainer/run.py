@@ -177,6 +177,12 @@ def check_identity(checkpoint: Path, now: dict[str, Any]) -> None:
     for key in ("tokenizer", "template", "template_hash", "vocab_size"):
         if saved[key] != now[key]:
             raise RunError(f"{checkpoint} was trained with another {key.replace('_', ' ')} ({saved[key]!r}, here {now[key]!r}); text would be rendered into other tokens")
+    if saved.get("lora") != now.get("lora"):
+        there, here = ({} if each.get("lora") is None else each["lora"] for each in (saved, now))
+        detail = ", ".join(f"lora.{key}: {there.get(key)!r} there, {here.get(key)!r} here" for key in {**there, **here} if there.get(key) != here.get(key))
+        raise RunError(f"{checkpoint} has other adapters ({detail}); restore lora.*, or choose another output")
+    if saved.get("base", {}).get("sha256") != now.get("base", {}).get("sha256"):
+        raise RunError(f"{checkpoint} holds adapters of another base: the files of model.init_from have changed; restore them, or choose another output")
     if saved.get("reference") != now.get("reference"):
         raise RunError(
             f"{checkpoint} was trained against another reference: the files it was loaded from have changed, or the loss compares with none; "

@@ -19,6 +19,7 @@ from megalign.models.resolve import resolve_model
 from megalign.parallel.init import World
 from megalign.parallel.preempt import Preempted, StopSignals
 from megalign.report.build import build_report
+from megalign.trainer.base import adapter_identity
 from megalign.trainer.checkpoints import Checkpoints
 from megalign.trainer.engine import Engine
 from megalign.trainer.finish import finish, generation_metrics
@@ -60,7 +61,7 @@ class Session:
         self.resume_from: Path | None = self.run.open()
         self.train, self.validation = self.run.datasets(self.resume_from, build)
         check_schedule(recipe, total_steps(recipe, len(self.train)) or 1)
-        self.identity = {**identity(recipe, self.train), **more_identity}
+        self.identity = {**identity(recipe, self.train), **adapter_identity(recipe), **more_identity}
         if self.resume_from is not None:
             check_identity(self.resume_from, self.identity)
 
@@ -108,7 +109,7 @@ class Session:
                     generate=(lambda step: generation_metrics(engine, run, validation)) if recipe.train.eval_prompts else None,
                     monitors=algorithm.monitors,
                 )
-                flops = flops_per_token(recipe.model, counts, train.statistics)
+                flops = flops_per_token(recipe.model, counts, train.statistics, frozen=recipe.lora.rank is not None)
                 speed = Speed(flops, world_peak_flops(self.world, recipe.train.precision), log)
                 progress = fit(training, instruments=instruments, speed=speed, resume_from=self.resume_from, stop=stop)
             finish(engine, run, train, validation, progress, counts, log, seconds=time.monotonic() - self.started)

@@ -197,10 +197,13 @@ def _one_after_the_other(module: Any) -> None:
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
     from megatron.core.transformer.moe.experts import SequentialMLP
 
+    from megalign.parallel.lora import Adapted, adapted
+
     if type(module).__name__ == "GroupedExperts":
         module.__class__ = SequentialMLP
         for expert in module.local_experts:
-            expert.linear_fc1.__class__, expert.linear_fc2.__class__ = ColumnParallelLinear, RowParallelLinear
+            for linear, kind in ((expert.linear_fc1, ColumnParallelLinear), (expert.linear_fc2, RowParallelLinear)):
+                linear.__class__ = adapted(kind) if isinstance(linear, Adapted) else kind
 
 
 @contextmanager

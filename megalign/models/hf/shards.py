@@ -167,6 +167,11 @@ def full_from_locals(name: str, locals_: Sequence[Tensor], gated: bool = True) -
 
 def cut_of(name: str, gated: bool = True) -> Cut:
     """The kind of cut of a global name. gated: MLPs are. Raises ConversionError for a name outside the table."""
+    if adapter := re.fullmatch(r"(.+\.)lora_([AB])_\w+", name):
+        base = cut_of(adapter[1] + "weight", gated)
+        if base is Columns:
+            return Columns if adapter[2] == "A" else Whole
+        return Rows if base is not Whole and adapter[2] == "B" else Whole  # a part of its own, gate and up too
     kind = re.sub(r"^((?:decoder|mtp)\.layers\.)\d+", r"\1{layer}", name)
     kind = re.sub(r"(local_experts\.)\d+", r"\1{expert}", kind)
     if kind not in CUTS:
