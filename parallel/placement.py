@@ -258,7 +258,7 @@ def _with_reducers(p: Placement, config: Any, hooks: bool) -> Placement:
             reducers[axis] = TENSOR_MEAN
         else:
             reducers[axis] = HOOK
-    if by_name and reducers.get("tensor") in (NOBODY, HOOK):
+    if by_name and p.parameter.requires_grad and reducers.get("tensor") in (NOBODY, HOOK):
         raise PlacementError(
             f"{p.name}: declared or found {p.gradients['tensor']} over tensor ranks, but megatron sums every parameter with q_layernorm or k_layernorm in its name; rename it"
         )

@@ -116,7 +116,7 @@ def test_the_auditor_finds_an_adapter_that_is_not_reduced():
     found = run_ranks(lora_checks.audits, 2, case(DENSE, {**TP2, **SP}), case(MOE, {**TP2, **SP, **ETP2}))[0]
     assert found["none"] == found["experts none"] == []
     for fault in ("hooks", "declaration"):
-        assert any("lora_A_q_proj" in line and "sum" in line for line in found[fault]), found[fault]
+        assert any("linear_qkv.lora_A_q_proj over tensor" in line and 'tensor="partial"' in line for line in found[fault]), found[fault]
         assert any("lora_B_o_proj" in line for line in found[fault])
         assert not any("lora_B_q_proj" in line for line in found[fault]), "cut, not copied"
     assert any("local_experts" in line and "lora_A_gate_proj" in line for line in found["experts hooks"]), found["experts hooks"]
