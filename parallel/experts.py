@@ -99,7 +99,8 @@ class _GroupedLinear(torch.autograd.Function):
 def experts_spec(grouped: bool, one: MLPSubmodules) -> ModuleSpec:
     """Experts of both kinds; their parameters have the same names, shapes and attributes. one: the parts of an expert alone."""
     if grouped:
-        return ModuleSpec(module=GroupedExperts, submodules=MLPSubmodules(linear_fc1=_ColumnWeight, linear_fc2=_RowWeight))
+        # The activation is for whoever computes them one by one after all: the probe, in FP64.
+        return ModuleSpec(module=GroupedExperts, submodules=MLPSubmodules(linear_fc1=_ColumnWeight, linear_fc2=_RowWeight, activation_func=one.activation_func))
     return ModuleSpec(module=SequentialMLP, submodules=one)
 
 

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 import megalign
+from megalign.config.adapters import count_adapters, targets
 from megalign.config.advice import warnings
 from megalign.config.errors import ConfigError, Problem
 from megalign.config.layout import effective_batch, layout_of
@@ -205,6 +206,9 @@ def announce(run: RunFolder, world: World, train: Dataset, log: NullLogger) -> N
     recipe, counts = run.recipe, train.statistics
     step = 0
     log.event(step, "batch", effective_batch(recipe, layout_of(recipe, world.size)))
+    if recipe.lora.rank is not None:
+        found = count_adapters(recipe.model, recipe.lora)
+        log.event(step, "adapters", f"{found:,} parameters of rank {recipe.lora.rank} are trained, beside {', '.join(sorted(targets(recipe.model, recipe.lora)))}; the model is frozen")
     log.event(step, "data", describe_distribution(run.dealing(train)["distribution"]))
     for line in warnings(recipe, world.size):
         log.event(step, "warning", line)

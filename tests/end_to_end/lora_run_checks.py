@@ -60,12 +60,12 @@ def story(folder: Path, model: dict[str, Any], lora: dict[str, Any]) -> dict[str
 
 def preferences(folder: Path) -> list[str]:
     """DPO with adapters: the base as reference, a second model, and the first again in two halves."""
-    lora = {"rank": 4, "dropout": 0.1}
-    half = {"train": {"stop_at_step": 3}}
+    lora = {"rank": 4, "alpha": 16, "dropout": 0.1}
+    half, fast = {"train": {"stop_at_step": 3}}, {"optimizer": {"lr": 2e-2}}
     runs = [
-        dpo_checks.recipe(folder / "base", lora=lora, dpo={"reference": "base"}),
-        dpo_checks.recipe(folder / "model", lora=lora, dpo={"reference": "model"}),
-        dpo_checks.recipe(folder / "halves", lora=lora, dpo={"reference": "base"}, **half),
-        dpo_checks.recipe(folder / "halves", lora=lora, dpo={"reference": "base"}),
+        dpo_checks.recipe(folder / "base", lora=lora, dpo={"reference": "base"}, **fast),
+        dpo_checks.recipe(folder / "model", lora=lora, dpo={"reference": "model"}, **fast),
+        dpo_checks.recipe(folder / "halves", lora=lora, dpo={"reference": "base"}, **half, **fast),
+        dpo_checks.recipe(folder / "halves", lora=lora, dpo={"reference": "base"}, **fast),
     ]
     return dpo_checks.train_all(runs)

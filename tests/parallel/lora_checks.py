@@ -156,7 +156,9 @@ def probed(case: dict[str, Any]) -> list[str]:
 
 
 def save_and_load(case: dict[str, Any], folder: str, load: str | None) -> dict[str, Any]:
-    """Two steps and a checkpoint (load: None), or one that another layout saved; the adapters, and the loss of the step after."""
+    """Two steps and a checkpoint (load: None), or one that another layout saved; the adapters, the loss of the step after, what is stored."""
+    from megatron.core.dist_checkpointing import load_tensors_metadata
+
     from megalign.parallel.grid import destroy_grid
 
     engine = engine_of(case, random_b=load is None)
@@ -169,4 +171,5 @@ def save_and_load(case: dict[str, Any], folder: str, load: str | None) -> dict[s
     weights = {name: full for name, full in full_weights(engine).items() if ".lora_" in name}
     result = engine.train_step(batches(engine), objective(), 1e-3, 3)
     destroy_grid()
-    return {"path": load, "weights": weights, "loss": result.loss, "norm": result.grad_norm}
+    stored = {key: tuple(entry.global_shape) for key, entry in load_tensors_metadata(str(Path(load) / "state")).items()}
+    return {"path": load, "weights": weights, "loss": result.loss, "norm": result.grad_norm, "stored": stored}
