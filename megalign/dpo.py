@@ -23,10 +23,10 @@ from megalign.data.pairs import build_pairs
 from megalign.losses import preference as losses
 from megalign.losses.loss import Loss
 from megalign.losses.pairs import Pairs, PairTerms
+from megalign.models.base import model_hash
 from megalign.models.sequences import sequence_logprobs, sequence_tokens
 from megalign.parallel.grid import Grid
 from megalign.parallel.init import World
-from megalign.trainer.base import model_hash
 from megalign.trainer.engine import Engine
 from megalign.trainer.objective import Objective
 from megalign.trainer.pair_samples import write_sample_pairs

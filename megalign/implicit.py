@@ -22,13 +22,14 @@ from megalign.data.encode import encode_rows
 from megalign.data.packing import pack
 from megalign.data.rows import Conversation, Example
 from megalign.data.tokenizer import Tokenizer
+from megalign.models.base import model_hash
 from megalign.models.sequences import sequence_logprobs
 from megalign.parallel.checkpoint import CheckpointError, read_meta
 from megalign.parallel.init import World, device
 from megalign.parallel.schedule import from_last_stage, sum_over
 from megalign.serving import find_checkpoint, recipe_for, stored_tokenizer
 from megalign.trainer.engine import Engine
-from megalign.trainer.reference import model_hash, reference_recipe
+from megalign.trainer.reference import reference_recipe
 from megalign.trainer.run import grid_of
 
 AT_ONCE = 32  # microbatches of one pass through the pipeline

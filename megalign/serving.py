@@ -14,6 +14,7 @@ from megalign.config.load import apply_overrides
 from megalign.config.rules import check
 from megalign.config.schema import ParallelConfig, Recipe
 from megalign.data.tokenizer import Tokenizer, load_tokenizer
+from megalign.models.base import with_base
 from megalign.models.peft import save_adapter
 from megalign.models.pretrained import save_pretrained
 from megalign.models.resolve import own_checkpoint
@@ -22,7 +23,6 @@ from megalign.parallel.init import World
 from megalign.parallel.lora import merge
 from megalign.rollout.sampler import SamplingParams
 from megalign.rollout.talk import COMMANDS
-from megalign.trainer.base import with_base
 from megalign.trainer.engine import Engine
 from megalign.trainer.run import grid_of
 

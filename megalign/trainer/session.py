@@ -15,11 +15,11 @@ from megalign.config.rules import check
 from megalign.config.schema import Recipe
 from megalign.config.size import count_parameters
 from megalign.data.dataset import Dataset, build_datasets
+from megalign.models.base import adapter_identity
 from megalign.models.resolve import resolve_model
 from megalign.parallel.init import World
 from megalign.parallel.preempt import Preempted, StopSignals
 from megalign.report.build import build_report
-from megalign.trainer.base import adapter_identity
 from megalign.trainer.checkpoints import Checkpoints
 from megalign.trainer.engine import Engine
 from megalign.trainer.finish import finish, generation_metrics

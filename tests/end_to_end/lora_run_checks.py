@@ -37,6 +37,9 @@ def story(folder: Path, model: dict[str, Any], lora: dict[str, Any]) -> dict[str
     destroy_grid()
     write_hugging_face(folder / "run", folder / "adapter", "float32", world, adapter=True)
     destroy_grid()
+    again = tune("again", model={"init_from": str(folder / "run")})
+    again["train"] = {**again["train"], "max_steps": 2}
+    errors.append(sft_checks.train(again))
     engine, checkpoint = load_for_inference(folder / "run", [], world)
     tokens = torch.arange(7, 31)[None]
     with torch.no_grad():

@@ -24,7 +24,7 @@ LORA = {"rank": 4, "alpha": 8, "target_modules": ["q_proj", "v_proj", "gate_proj
 def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("lora")
     result = run_ranks(lora_run_checks.story, 1, folder, {"moe_aux_loss_coeff": 0.0}, LORA)[0]
-    assert result["errors"] == ["", ""]
+    assert result["errors"] == ["", "", ""]
     return folder, result
 
 
@@ -88,6 +88,17 @@ def test_a_checkpoint_names_its_base(told: tuple[Path, dict[str, Any]]):
     assert "adapters of another base" in refused["changed base"]
     assert "adapters of another base" in refused["serve changed base"] and "restore its files" in refused["serve changed base"]
     assert "is not there; name where it is now" in refused["serve absent base"]
+
+
+def test_a_run_with_adapters_is_a_base(told: tuple[Path, dict[str, Any]]):
+    """Adapters on adapters: the second run starts where the first one ended, whose weights it takes merged."""
+    folder, result = told
+    ended = [line["eval_loss"] for line in metrics(folder / "run", "eval")]
+    begins = [line["eval_loss"] for line in metrics(folder / "again", "eval") if line["step"] == 0]
+    identity = json.loads(next((folder / "again" / "checkpoints").glob("iter_*/meta.json")).read_text())["identity"]
+    assert identity["base"]["init_from"] == str(Path(result["checkpoint"]).resolve())
+    first = curve(folder / "again", "loss")[0][1]
+    assert first < curve(folder / "run", "loss")[0][1] and (not begins or begins[0] == pytest.approx(ended[-1], rel=1e-5))
 
 
 def test_dpo_with_the_base_as_reference(tmp_path: Path):

@@ -40,7 +40,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, dict
     models, folders = {}, {}
     for name, (config, changes) in MODELS.items():
         torch.manual_seed(11)
-        model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**{**SIZES, **changes}), attn_implementation="eager", experts_implementation="eager")
+        model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**{**SIZES, **changes}, experts_implementation="eager"), attn_implementation="eager")
         folders[name] = tmp_path_factory.mktemp(name)
         model.save_pretrained(folders[name])
         models[name] = model.double().eval()

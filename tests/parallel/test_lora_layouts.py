@@ -134,7 +134,7 @@ def test_a_checkpoint_has_the_adapters_alone_and_opens_on_another_layout(tmp_pat
     elements = sum(full.numel() for full in there["weights"].values())
     assert all(".lora_" in key for key in there["stored"]), "no base"
     weights = {key: math.prod(shape) for key, shape in there["stored"].items() if not key.startswith("optimizer.")}
-    assert sum(weights.values()) == elements and len(there["stored"]) == 4 * len(weights), "adapters, masters and two moments"
+    assert sum(weights.values()) == elements and len(there["stored"]) == 4 * len(weights), "adapters, their masters and two moments"
     for world, parallel in ((1, sharded), (2, {**TP2, **SP, **ETP2, **sharded})):
         here = run_ranks(lora_checks.save_and_load, world, case(MOE, parallel), str(tmp_path), there["path"])[0]
         assert here["weights"].keys() == there["weights"].keys()
