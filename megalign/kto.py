@@ -27,6 +27,7 @@ from megalign.data.mismatched import mismatched
 from megalign.dpo import shared_over_context, without_dropout
 from megalign.losses.loss import AnswerLoss, Loss
 from megalign.losses.unpaired import apo_zero_unpaired_loss, kto_loss
+from megalign.models.base import model_hash
 from megalign.models.sequences import sequence_logprobs
 from megalign.parallel.grid import Grid
 from megalign.parallel.init import World, device
@@ -38,10 +39,10 @@ from megalign.trainer.pair_samples import write_sample_answers
 from megalign.trainer.preference_watch import RewardMargin
 from megalign.trainer.reference import (
     REF_LOGPROB,
+    BaseReference,
     ReferenceModel,
     cache_reference,
     check_step_zero,
-    model_hash,
     reference_recipe,
 )
 from megalign.trainer.session import Algorithm, open_session
@@ -71,10 +72,12 @@ def kto(recipe: Recipe, world: World) -> None:
         folder = Path(recipe.kto.reference_cache or session.run.path / "reference")
         scored = {**sets, **{f"{name}_mismatched": dataset for name, dataset in others.items()}}
         notes.append(("reference", cache_reference(frozen, grid, session.vocab_size, folder, key, scored)))
-    else:
+    elif recipe.kto.reference == "model":
         reference = ReferenceModel(frozen, grid, session.vocab_size).prepare
 
     engine = Engine(recipe, grid, session.vocab_size)
+    if recipe.kto.reference == "base":
+        reference = BaseReference(engine).prepare
     if session.resume_from is None and recipe.kto.reference_from is None:
         notes.append(("reference", check_step_zero(engine, train, reference)))
     prepare = Baseline(engine, others, reference).prepare if others else reference

@@ -121,13 +121,14 @@ def count_adapters(model: ModelConfig, lora: LoraConfig) -> int:
 def adapters(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
     """Targets that the model has; nothing about adapters where there are none."""
     model, lora = recipe.model, recipe.lora
+    against_base = [name for name in ("dpo", "kto") if getattr(recipe, name).reference == "base"]
     if lora.rank is None:
         plain = LoraConfig()
         for name in LoraConfig.model_fields:
             if getattr(lora, name) != getattr(plain, name):
                 yield Problem(f"lora.{name}", "says how to adapt, but lora.rank is null and all weights are trained", "give lora.rank, e.g. 16, or leave this out", getattr(lora, name))
-        if recipe.dpo.reference == "base":
-            yield Problem("dpo.reference", "is the model without its adapters, and it has none: lora.rank is null", "give lora.rank, or choose cached or model", "base")
+        for name in against_base:
+            yield Problem(f"{name}.reference", "is the model without its adapters, and it has none: lora.rank is null", "give lora.rank, or choose cached or model", "base")
         return
     asked = [lora.target_modules] if isinstance(lora.target_modules, str) else lora.target_modules
     known = linear_names(model)
@@ -138,7 +139,8 @@ def adapters(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
             yield Problem("lora.target_modules", f"the model has no linear layer {name!r}", f"it has {', '.join(known)}{closest(name, list(known))}", lora.target_modules)
     if model.transformer_impl != "local":
         yield Problem("lora.rank", f"adapters are made beside the linear layers of our layer spec, and model.transformer_impl is {model.transformer_impl}", "set that to local, or this to null", lora.rank)
-    if recipe.dpo.reference == "base" and lora.modules_to_save:
-        yield Problem("lora.modules_to_save", "is trained beside the adapters, and dpo.reference base has only them off", "leave it out, or choose cached or model", lora.modules_to_save)
-    if recipe.dpo.reference == "base" and recipe.dpo.reference_from is not None:
-        yield Problem("dpo.reference_from", "dpo.reference base compares with the model's own base", "leave it out, or choose cached or model", recipe.dpo.reference_from)
+    if against_base and lora.modules_to_save:
+        yield Problem("lora.modules_to_save", f"is trained beside the adapters, and {against_base[0]}.reference base has only them off", "leave it out, or choose cached or model", lora.modules_to_save)
+    for name in against_base:
+        if (given := getattr(recipe, name).reference_from) is not None:
+            yield Problem(f"{name}.reference_from", f"{name}.reference base compares with the model's own base", "leave it out, or choose cached or model", given)
