@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import dpo_checks
+import kto_checks
 import sft_checks
 import torch
 
@@ -62,7 +63,7 @@ def story(folder: Path, model: dict[str, Any], lora: dict[str, Any]) -> dict[str
 
 
 def preferences(folder: Path) -> list[str]:
-    """DPO with adapters: the base as reference, a second model, and the first again in two halves."""
+    """DPO with adapters: the base as reference, a second model, and the first again in two halves; KTO with both references."""
     lora = {"rank": 4, "alpha": 16, "dropout": 0.1}
     half, fast = {"train": {"stop_at_step": 3}}, {"optimizer": {"lr": 2e-2}}
     runs = [
@@ -71,4 +72,5 @@ def preferences(folder: Path) -> list[str]:
         dpo_checks.recipe(folder / "halves", lora=lora, dpo={"reference": "base"}, **half, **fast),
         dpo_checks.recipe(folder / "halves", lora=lora, dpo={"reference": "base"}, **fast),
     ]
-    return dpo_checks.train_all(runs)
+    answers = [kto_checks.recipe(folder / f"kto-{how}", lora=lora, kto={"reference": how}, train={"max_steps": 4}, **fast) for how in ("base", "model")]
+    return dpo_checks.train_all(runs) + kto_checks.train_all(answers)

@@ -104,7 +104,7 @@ def test_a_run_with_adapters_is_a_base(told: tuple[Path, dict[str, Any]]):
 def test_dpo_with_the_base_as_reference(tmp_path: Path):
     """Adapters off is a second model that never moves: the same curve as against one in memory; resumed bitwise; no dropout."""
     names = ("loss", "grad_norm", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
-    assert run_ranks(lora_run_checks.preferences, 1, tmp_path)[0] == [""] * 4
+    assert run_ranks(lora_run_checks.preferences, 1, tmp_path)[0] == [""] * 6
     base, model, halves = (curve(tmp_path / name, *names) for name in ("base", "model", "halves"))
     assert base[0][1] == pytest.approx(math.log(2), abs=1e-6) and min(row[1] for row in base) < math.log(2) - 1e-3
     for ours, theirs in zip(base, model, strict=True):
@@ -112,6 +112,8 @@ def test_dpo_with_the_base_as_reference(tmp_path: Path):
     assert halves == base
     told = [line["message"] for line in metrics(tmp_path / "base", "event") if line["event"] == "reference"]
     assert told[0].startswith("policy = reference at step 0") and not (tmp_path / "base" / "reference").exists()
+    for ours, theirs in zip(*(curve(tmp_path / f"kto-{how}", "loss", "grad_norm", "kl") for how in ("base", "model")), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
     four = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True}
     here = pairs(tmp_path / "four", parallel=four, lora={"rank": 4, "alpha": 16}, optimizer={"lr": 2e-2}, dpo={"reference": "base"}, train={"stop_at_step": 2})
     assert run_ranks(lora_run_checks.dpo_checks.train_all, 4, [here]) == [[""]] * 4
