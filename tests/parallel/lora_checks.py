@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dpo_layout_checks import VOCAB, microbatches
+from layout_checks import VOCAB, microbatches
 
 from megalign.config.schema import Recipe
 
@@ -42,7 +42,7 @@ def fill_b(engine: Any) -> None:
 
 
 def batches(engine: Any) -> list[Any]:
-    everything = microbatches(4)
+    everything = microbatches(4, document_multiple=4)
     share = len(everything) // engine.grid.data.size
     return everything[engine.grid.data.rank * share : (engine.grid.data.rank + 1) * share]
 
