@@ -47,12 +47,15 @@ def story(folder: Path, model: dict[str, Any], lora: dict[str, Any]) -> dict[str
         engine.models[0].eval()
         logits = engine.models[0](tokens, torch.arange(24)[None], None)[0]
     destroy_grid()
-    refused = {
-        "other rank": sft_checks.train(tune("run", lora={**lora, "rank": 3})),
-        "no adapters": sft_checks.train({**tune("run"), "lora": {}}),
-    }
+
+    def refusal(recipe: dict[str, Any]) -> str:
+        message = sft_checks.train(recipe)
+        destroy_grid()
+        return message
+
+    refused = {"other rank": refusal(tune("run", lora={**lora, "rank": 3})), "no adapters": refusal({**tune("run"), "lora": {}})}
     (base / "config.json").write_text((base / "config.json").read_text() + "\n")
-    refused["changed base"] = sft_checks.train(tune("run", train={**adapted["train"], "max_steps": 8}))
+    refused["changed base"] = refusal(tune("run", train={**adapted["train"], "max_steps": 8}))
     for name, moved in (("serve changed base", None), ("serve absent base", str(folder / "nowhere"))):
         try:
             load_for_inference(folder / "run", [] if moved is None else [f"model.init_from={moved}"], world)
