@@ -23,7 +23,7 @@ import contextlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -132,15 +132,16 @@ class Adapted(torch.nn.Module):
 
     def dropped(self, x: Tensor) -> Tensor:
         """Dropout on the input. Ranks that hold the same x draw the same mask; where x differs, each draws its own."""
-        a, layer = self.adapters, self
+        a, layer = self.adapters, cast(Any, self)
         if not self.training or a.dropout == 0:
             return x
+        tracker: Any = get_cuda_rng_tracker()
         if getattr(layer, "is_expert", False):
             # Not from the common generator: ranks have different numbers of rows, and would leave it in different states.
-            with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
+            with tracker.fork(get_expert_parallel_rng_tracker_name()):
                 return F.dropout(x, a.dropout)
         if isinstance(layer, RowParallelLinear) or layer.config.sequence_parallel:
-            with get_cuda_rng_tracker().fork():
+            with tracker.fork():
                 return F.dropout(x, a.dropout)
         return F.dropout(x, a.dropout)
 

@@ -202,6 +202,7 @@ def _one_after_the_other(module: Any) -> None:
     if type(module).__name__ == "GroupedExperts":
         module.__class__ = SequentialMLP
         for expert in module.local_experts:
+            linear: Any
             for linear, kind in ((expert.linear_fc1, ColumnParallelLinear), (expert.linear_fc2, RowParallelLinear)):
                 linear.__class__ = adapted(kind) if isinstance(linear, Adapted) else kind
 

@@ -16,8 +16,8 @@ from ranks import run_ranks
 pytestmark = pytest.mark.oracle
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent / "models"), str(HERE)]
-import lora_oracle_checks  # noqa: E402
-from test_lora_oracle import MODELS, SIZES  # noqa: E402
+import lora_oracle_checks  # noqa: E402  # pyright: ignore[reportMissingImports]
+from test_lora_oracle import MODELS, SIZES  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 STEPS = 8
 OPTIMIZER = dict(lr=2e-3, adam_beta1=0.9, adam_beta2=0.95, adam_eps=1e-8, weight_decay=0.01)

@@ -129,7 +129,8 @@ def _said_full(entry: tuple[str, Any]) -> tuple[str, Any]:
     name, parameter = entry
     declaration = getattr(parameter, "placement", None)
     if ".lora_" in name and declaration is not None and declaration.gradients:
-        declare(parameter, shard=declaration.shard, **dict.fromkeys(declaration.gradients, "full"))
+        said: dict[str, Any] = dict.fromkeys(declaration.gradients, "full")
+        declare(parameter, shard=declaration.shard, **said)
     return entry
 
 
