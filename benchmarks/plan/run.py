@@ -55,22 +55,24 @@ def main() -> None:
     if arguments.worker:
         worker(json.loads(arguments.worker), arguments.steps)
         return
-    before = json.loads(RESULTS.read_text())["sweeps"] if set(arguments.only) < set(SWEEPS) else {}
-    sweeps: dict[str, list[dict[str, Any]]] = {name: before[name] for name in SWEEPS if name in before}
+    before = json.loads(RESULTS.read_text()) if set(arguments.only) < set(SWEEPS) else {"sweeps": {}, "load_average": {}}
+    sweeps: dict[str, list[dict[str, Any]]] = {name: before["sweeps"][name] for name in SWEEPS if name in before["sweeps"]}
+    loads: dict[str, float] = before["load_average"]  # at the end of each sweep
     for name in arguments.only:
         points, sweeps[name] = SWEEPS[name], []
         for ranks in sorted({point.get("ranks", 1) for point in points}):
             sweeps[name] += measured([point for point in points if point.get("ranks", 1) == ranks], ranks, arguments.steps)
         for point in sweeps[name]:
             print(f"{name} {point['x']}: measured {point['measured']:.3f} s, predicted {point['predicted']:.3f} s", flush=True)
-        write(sweeps)  # a long benchmark that is stopped leaves what it has
+        loads[name] = round(os.getloadavg()[0], 1)
+        write(sweeps, loads)  # a long benchmark that is stopped leaves what it has
 
 
-def write(sweeps: dict[str, list[dict[str, Any]]]) -> None:
+def write(sweeps: dict[str, list[dict[str, Any]]], loads: dict[str, float]) -> None:
     """The numbers, the drawing and the page."""
-    machine = {"cpu": cpu(), "cores": len(os.sched_getaffinity(0)), "load_average": os.getloadavg(), "python": platform.python_version()}
+    machine = {"cpu": cpu(), "cores": len(os.sched_getaffinity(0)), "python": platform.python_version()}
     versions = {name: version(name) for name in ("torch", "megatron-core")}
-    result = {"command": "python benchmarks/plan/run.py", "machine": machine, "versions": versions, "model": BASE, "sweeps": sweeps}
+    result = {"command": "python benchmarks/plan/run.py", "machine": machine, "versions": versions, "model": BASE, "load_average": loads, "sweeps": sweeps}
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     (ROOT / "docs" / "plan-cost.svg").write_text(drawing(sweeps))
     (ROOT / "docs" / "plan-cost.md").write_text(page(result))
@@ -198,12 +200,13 @@ def drawing(sweeps: dict[str, list[dict[str, Any]]]) -> str:
 def page(result: dict[str, Any]) -> str:
     machine, versions = result["machine"], result["versions"]
     ratios = [point["predicted"] / point["measured"] for points in result["sweeps"].values() for point in points]
+    loads = ", ".join(f"{load} after {name}" for name, load in result["load_average"].items())
     lines = [
         "# What a step costs, and what the plan says",
         "",
         "Written by `python benchmarks/plan/run.py`; every number below is its output.",
         "",
-        f"{machine['cores']} cores ({machine['cpu']}), load average {machine['load_average'][0]:.1f} at the end, torch {versions['torch']}, "
+        f"{machine['cores']} cores ({machine['cpu']}), load average {loads}, torch {versions['torch']}, "
         f"megatron-core {versions['megatron-core']}. FP32, 8 rows a step, one thread a rank; the base model has "
         f"{BASE['num_layers']} layers of width {BASE['hidden_size']}, 256 tokens a row. CPU seconds of a rank: waiting for others is not in them.",
         "",
