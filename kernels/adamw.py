@@ -19,6 +19,7 @@ Bytes a parameter and step: 4+4 master, 2+2 a moment in BF16, 2 gradient, 2 para
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -98,7 +99,9 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for parameter, group, name in self._parameters():
-            gradient = parameter.grad if parameter.grad is not None else getattr(parameter, "main_grad", None)
+            gradient = parameter.grad
+            if gradient is None or getattr(parameter, "grad_added_to_main_grad", False):  # then .grad is an empty placeholder
+                gradient = getattr(parameter, "main_grad", None)
             if gradient is None:
                 continue
             if gradient.is_sparse:
@@ -159,7 +162,8 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
         return state
 
     def _backend(self, parameter: Tensor) -> Callable[..., None]:
-        if self.backend == "torch" or (self.backend == "auto" and not parameter.is_cuda):
+        available = parameter.is_cuda and importlib.util.find_spec("triton") is not None
+        if self.backend == "torch" or (self.backend == "auto" and not available):
             return update_torch
         from megalign.kernels.adamw_triton import update_triton
 

@@ -6,7 +6,7 @@ the BF16 tile that it has just written, from cache, and stores it as E4M3 in bot
 The FP8 bytes are those of the BF16 parameter, so that a checkpoint of parameters alone gives them again.
 
 Same bits as torch: no fused multiply-add (enable_fp_fusion=False), IEEE division and square root, noise from the same Philox.
-The kernel is bound by memory: 22 bytes a weight with BF16 moments and gradients, 24 with FP8.
+The kernel is bound by memory: 20 bytes a weight with BF16 moments and gradients, 22 with FP8.
 """
 
 from __future__ import annotations
@@ -17,14 +17,17 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from megalign.kernels.adamw import Step
 from megalign.kernels.launch import launch
+from megalign.kernels.quantise import tile_scale, to_e4m3
 from megalign.kernels.rounding import Place
 from megalign.kernels.tiles import ceil_tiles
 
 BLOCK, FLAT_WARPS = 2048, 8  # elements and warps of a program of adamw_flat_kernel
 TILE_WARPS = 16  # of adamw_fp8_kernel: with 8, a thread needs 247 registers
+OPTIONS = {"enable_fp_fusion": False}  # of both: a fused multiply-add rounds once where torch rounds twice
 SLAB = tl.constexpr(32)  # rows of a tile updated at a time
 
 # Of megalign.kernels.rounding, as a kernel may use them.
@@ -156,13 +159,8 @@ def adamw_fp8_kernel(
     rows = (tile_n * 128 + tl.arange(0, 128)).to(tl.int64)
     inside = (rows < N)[:, None] & (columns < K)[None, :]
     tile = tl.load(parameter_ptr + base + rows[:, None] * K + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-    exponent = tl.minimum(tl.maximum((bits >> 23) - 8 + ((bits & 0x7FFFFF) > 0x680000).to(tl.int32), 1), 253)
-    finite = bits < 0x7F800000
-    q_scale = tl.where(finite, (exponent << 23).to(tl.float32, bitcast=True), float("nan"))
-    factor = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-    scaled = tl.minimum(tl.maximum(tile * factor, -448.0), 448.0)
-    # A marked tile is NaN as a whole, its padding zero.
-    q = tl.where(inside & (finite == 0), float("nan"), tl.where(inside, scaled, 0.0)).to(tl.float8e4nv)
+    q_scale, factor = tile_scale(bits, True)
+    q = to_e4m3(tile, factor, inside, True)
     tl.store(q_ptr + group * N * tiles_k * 128 + rows[:, None] * (tiles_k * 128) + columns[None, :], q, mask=(rows < N)[:, None])
     tl.store(qt_ptr + group * K * tiles_n * 128 + columns[:, None].to(tl.int64) * (tiles_n * 128) + rows[None, :], tl.trans(q), mask=(columns < K)[:, None])
     tl.store(q_scale_ptr + (group * tiles_n + tile_n) * tiles_k + tile_k, q_scale)
@@ -177,18 +175,22 @@ def update_triton(parameter: Tensor, gradient: Tensor, state: dict[str, Any], st
         step.beta1, 1 - step.beta1, step.beta2, 1 - step.beta2, step.eps, step.decay, step.size, step.root_correction, step.number, _signed(step.key),
     )  # fmt: skip
     stochastic = step.stochastic and torch.bfloat16 in (state["exp_avg"].dtype, state["exp_avg_sq"].dtype)
-    flags: dict[str, Any] = dict(HAS_MASTER=has_master, STOCHASTIC=stochastic, enable_fp_fusion=False, device=parameter.device)
+    flags: dict[str, Any] = dict(HAS_MASTER=has_master, STOCHASTIC=stochastic, device=parameter.device, **OPTIONS)
     if not hasattr(parameter, "fp8_weight"):
         n = parameter.numel()
         where = (n, place.offset, place.columns or 1, place.row_stride, place.start)
         launch(adamw_flat_kernel, (-(-n // BLOCK),), *tensors, *where, *scalars, CONTIGUOUS=place.contiguous, BLOCK=BLOCK, num_warps=FLAT_WARPS, **flags)
+        increment_version(parameter)  # torch sees no write through a pointer: autograd and the FP8 copy would take the old value for the new
         return
     forward, transposed = parameter.fp8_weight.to_overwrite(parameter)  # pyright: ignore[reportAttributeAccessIssue]
     *groups, rows, columns = parameter.shape
+    if not place.contiguous and (place.columns, place.start) != (columns, 0):
+        raise ValueError(f"an FP8 weight [.., {rows}, {columns}] has {place}; its columns must be {columns} and its start 0: a flat slice has no tiles of 128 x 128")
     grid = (ceil_tiles(rows), ceil_tiles(columns), groups[0] if groups else 1)
     fp8 = (forward.data, forward.scale, transposed.data, transposed.scale)
-    where = (rows, columns, place.offset, columns if place.contiguous else place.row_stride)
+    where = (rows, columns, place.offset + place.start, columns if place.contiguous else place.row_stride)
     launch(adamw_fp8_kernel, grid, *tensors, *fp8, *where, *scalars, num_warps=TILE_WARPS, **flags)
+    increment_version(parameter)
 
 
 def _signed(key: int) -> int:

@@ -9,10 +9,10 @@ The ladder, from what runs everywhere to what is fastest where it runs:
 
 On a CPU the reference is taken. On CUDA a matmul of a new shape is measured once with every rung and configuration
 that the machine has, on random operands and after a comparison with the reference; the fastest is kept in a table
-(tuning.py). M is rounded up to a power of two for that, so that batches of many lengths share a row. Where nothing may
-be measured (a CUDA graph is being captured, MEGALIGN_FP8_TUNE=0) the first Triton configuration is taken.
+(tuning.py). M is rounded up to a power of two for that, 65,536 at most, so that batches of many lengths share a row. Where nothing
+can be measured (a CUDA graph is being captured, MEGALIGN_FP8_TUNE=0, no memory for the operands) the first Triton configuration is taken.
 
-`use(name)` or MEGALIGN_FP8_BACKEND forces a rung: operations and shapes that it lacks take the next one down, and a
+`use(name)` (a recipe's kernels.fp8_backend) or MEGALIGN_FP8_BACKEND forces a rung: operations and shapes that it lacks take the next one down, and a
 machine that lacks it is an error. `precision` says where FP8 does not pay and BF16 is faster.
 `megalign kernels` prints all of it.
 """
@@ -29,13 +29,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megalign.kernels import reference, scaled_mm, tuning
+from megalign.kernels import fused, reference, scaled_mm, tuning
 from megalign.kernels.groups import GroupLayout
 from megalign.kernels.tiles import Fp8Error, Fp8Tensor
 
 Operation = Literal["matmul", "wgrad", "grouped_matmul", "grouped_wgrad"]
 LADDER = ("reference", "triton", "scaled_mm", "gluon")
 OPERATIONS: tuple[Operation, ...] = ("matmul", "wgrad", "grouped_matmul", "grouped_wgrad")
+LARGEST_TUNED = 65536  # tokens: beyond, time is in proportion to them
 TUNED = ("matmul", "wgrad")  # groups differ in every step: they take the configuration of the large shapes
 
 _forced: str | None = None
@@ -129,8 +130,8 @@ def choose(operation: Operation, m: int, n: int, k: int, device: torch.device, d
 
 
 def key(operation: str, m: int, n: int, k: int, dtype: torch.dtype) -> str:
-    """Name of a row: M rounded up to a power of two, at least 64."""
-    return f"{operation} {max(64, 1 << max(m - 1, 0).bit_length())} {n} {k} {str(dtype).removeprefix('torch.')}"
+    """Name of a row: M rounded up to a power of two, 64 to 65,536."""
+    return f"{operation} {min(max(64, 1 << max(m - 1, 0).bit_length()), LARGEST_TUNED)} {n} {k} {str(dtype).removeprefix('torch.')}"
 
 
 def measured(operation: Operation, m: int, n: int, k: int, device: torch.device, dtype: torch.dtype) -> tuning.Row | None:
@@ -144,7 +145,10 @@ def measured(operation: Operation, m: int, n: int, k: int, device: torch.device,
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if os.environ.get("MEGALIGN_FP8_TUNE") == "0" or capturing or torch.compiler.is_compiling():
             return None
-        _rows[place][name] = tune(operation, int(name.split()[1]), n, k, device, dtype, tuning.cuda_seconds)
+        try:
+            _rows[place][name] = tune(operation, int(name.split()[1]), n, k, device, dtype, tuning.cuda_seconds)
+        except torch.OutOfMemoryError:  # the model fills the device: a choice is no reason to end a run
+            return None
         tuning.save(tuning.table_path(device), device, {name: _rows[place][name]})
     return _rows[place][name]
 
@@ -195,10 +199,15 @@ def tune(operation: Operation, m: int, n: int, k: int, device: torch.device, dty
 
 
 def _operands(operation: Operation, m: int, n: int, k: int, device: torch.device) -> tuple[Fp8Tensor, Fp8Tensor]:
-    x, w = torch.randn(m, k, device=device, dtype=torch.bfloat16), torch.randn(n, k, device=device, dtype=torch.bfloat16)
+    own = torch.Generator(device)  # a run draws the same numbers whether a shape is measured or remembered
+    own.seed()
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=torch.bfloat16, generator=own)
+
     if operation == "matmul":
-        return quantise_rows(x), quantise_blocks(w)
-    return quantise_rows_both(torch.randn(m, n, device=device, dtype=torch.bfloat16))[1], quantise_rows_both(x)[1]
+        return quantise_rows(normal(m, k)), quantise_blocks(normal(n, k))
+    return quantise_rows_both(normal(m, n))[1], quantise_rows_both(normal(m, k))[1]
 
 
 def precision(m: int, n: int, k: int, device: torch.device) -> Literal["fp8", "bf16"]:
@@ -226,29 +235,53 @@ def _quantiser_of(device: torch.device, wanted: str | None, _interpreted: str | 
     return quantise
 
 
-def quantise_rows(x: Tensor) -> Fp8Tensor:
-    """Activations x [M, K] in tiles of 1 x 128."""
-    return _quantiser(x.device).quantise_rows(x)
+def quantise_rows(x: Tensor, *, power_of_two: bool = True) -> Fp8Tensor:
+    """Activations x [M, K] in tiles of 1 x 128; power_of_two=False: FP32 scales amax / 448, for comparison with other stacks."""
+    return _quantiser(x.device).quantise_rows(x, power_of_two=power_of_two)
 
 
-def quantise_rows_both(x: Tensor) -> tuple[Fp8Tensor, Fp8Tensor]:
+def quantise_rows_both(x: Tensor, *, power_of_two: bool = True) -> tuple[Fp8Tensor, Fp8Tensor]:
     """(x [M, K], x^T [K, M]), each in tiles of 1 x 128."""
-    return _quantiser(x.device).quantise_rows_both(x)
+    return _quantiser(x.device).quantise_rows_both(x, power_of_two=power_of_two)
 
 
-def quantise_blocks(w: Tensor) -> Fp8Tensor:
+def quantise_blocks(w: Tensor, *, power_of_two: bool = True) -> Fp8Tensor:
     """Weights w [N, K] or [G, N, K] in blocks of 128 x 128."""
-    return _quantiser(w.device).quantise_blocks(w)
+    return _quantiser(w.device).quantise_blocks(w, power_of_two=power_of_two)
 
 
-def quantise_blocks_both(w: Tensor) -> tuple[Fp8Tensor, Fp8Tensor]:
+def quantise_blocks_both(w: Tensor, *, power_of_two: bool = True) -> tuple[Fp8Tensor, Fp8Tensor]:
     """(W [.., N, K], W^T [.., K, N]) in blocks of 128 x 128."""
-    return _quantiser(w.device).quantise_blocks_both(w)
+    return _quantiser(w.device).quantise_blocks_both(w, power_of_two=power_of_two)
 
 
 def retile(x: Fp8Tensor) -> Fp8Tensor:
     """x [M, K] in tiles of 1 x 128 -> x^T [K, M] in tiles of 1 x 128."""
     return _quantiser(x.device).retile(x)
+
+
+def _fused(device: torch.device) -> Any:
+    """Norm and SwiGLU by the rung that quantises."""
+    if _quantiser(device) is reference:
+        return fused
+    from megalign.kernels import fused_triton
+
+    return fused_triton
+
+
+def rms_norm_quantise(x: Tensor, gamma: Tensor, eps: float = 1e-5) -> tuple[Fp8Tensor, Fp8Tensor, Tensor]:
+    """(y [M, K], y^T [K, M], 1 / rms [M]) of y = x / rms(x) * gamma, each FP8 layout in tiles of 1 x 128."""
+    return _fused(x.device).rms_norm_quantise(x, gamma, eps)
+
+
+def swiglu_quantise(h: Tensor) -> tuple[Fp8Tensor, Fp8Tensor]:
+    """(a [M, F], a^T [F, M]) of a = silu(gate) * up, h = [gate, up] [M, 2F]."""
+    return _fused(h.device).swiglu_quantise(h)
+
+
+def swiglu_quantise_backward(h: Tensor, da: Tensor) -> tuple[Fp8Tensor, Fp8Tensor]:
+    """(dh [M, 2F], dh^T [2F, M]) of h [M, 2F] and the gradient da [M, F] of a."""
+    return _fused(h.device).swiglu_quantise_backward(h, da)
 
 
 def matmul(x: Fp8Tensor, w: Fp8Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:

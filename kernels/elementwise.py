@@ -69,12 +69,17 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, inverse = ctx.saved_tensors
-        normed = x * inverse
-        grad_weight = (grad * normed).reshape(-1, x.shape[-1]).sum(0)
-        # d x = (g w - normed mean(g w normed)) / rms
-        grad_normed = grad * weight.to(inverse.dtype)
-        mean = torch.linalg.vecdot(grad_normed, normed).div_(x.shape[-1]).unsqueeze(-1)
-        return grad_normed.addcmul_(normed, mean, value=-1).mul_(inverse).to(x.dtype), grad_weight.to(weight.dtype), None
+        return *rms_norm_gradients(grad, x, weight, inverse), None
+
+
+def rms_norm_gradients(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """(dx [..., D], dweight [D]) of rms_norm from its upstream, its inputs and inverse = 1 / rms(x) [..., 1]."""
+    normed = x * inverse
+    grad_weight = (grad * normed).reshape(-1, x.shape[-1]).sum(0)
+    # d x = (g w - normed mean(g w normed)) / rms
+    grad_normed = grad * weight.to(inverse.dtype)
+    mean = torch.linalg.vecdot(grad_normed, normed).div_(x.shape[-1]).unsqueeze(-1)
+    return grad_normed.addcmul_(normed, mean, value=-1).mul_(inverse).to(x.dtype), grad_weight.to(weight.dtype)
 
 
 class _Rotate(torch.autograd.Function):

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megalign.kernels.reference import quantise_rows_both
+from megalign.kernels.reference import check_input, quantise_rows_both
 from megalign.kernels.tiles import TILE, Fp8Error, Fp8Tensor
 
 
@@ -24,7 +24,9 @@ def rms_norm_quantise(x: Tensor, gamma: Tensor, eps: float = 1e-5) -> tuple[Fp8T
     """(y [M, K], y^T [K, M], 1 / rms [M] FP32 for backward) of x [M, K] and gamma [K]. Zhang & Sennrich, arXiv:1910.07467."""
     check_norm(x, gamma)
     wide = x.float()
-    inverse_rms = torch.rsqrt(wide.square().mean(-1) + eps)
+    mean = wide.square().mean(-1)
+    # Where the squares overflow, 1 / rms is 0 and would turn the whole row into zeros: it is marked instead.
+    inverse_rms = torch.where(mean.isfinite(), torch.rsqrt(mean + eps), torch.nan)
     y = (wide * inverse_rms[:, None] * gamma.float()).to(x.dtype)
     return *quantise_rows_both(y), inverse_rms
 
@@ -46,12 +48,16 @@ def swiglu_quantise_backward(h: Tensor, da: Tensor) -> tuple[Fp8Tensor, Fp8Tenso
 
 
 def check_norm(x: Tensor, gamma: Tensor) -> None:
-    if x.dim() != 2 or gamma.shape != x.shape[1:]:
-        raise Fp8Error(f"rms_norm_quantise: x is {tuple(x.shape)} and gamma {tuple(gamma.shape)}; they must be [M, K] and [K]")
+    check_input(x, (2,))
+    if gamma.shape != x.shape[1:] or not gamma.is_floating_point() or gamma.device != x.device:
+        raise Fp8Error(f"rms_norm_quantise: x is {tuple(x.shape)} on {x.device} and gamma {gamma.dtype} {tuple(gamma.shape)} on {gamma.device}; they must be floats [M, K] and [K] on one device")
 
 
 def check_swiglu(h: Tensor, da: Tensor | None = None) -> None:
-    if h.dim() != 2 or h.shape[1] % (2 * TILE):
+    check_input(h, (2,))
+    if h.shape[1] % (2 * TILE):
         raise Fp8Error(f"swiglu_quantise: h is {tuple(h.shape)}; it must be [M, 2F] with F a multiple of {TILE}, for gate and up to share no tile")
-    if da is not None and da.shape != (h.shape[0], h.shape[1] // 2):
-        raise Fp8Error(f"swiglu_quantise_backward: da is {tuple(da.shape)} for h {tuple(h.shape)}; it must be [M, F]")
+    if da is not None:
+        check_input(da, (2,))
+        if da.shape != (h.shape[0], h.shape[1] // 2) or da.device != h.device:
+            raise Fp8Error(f"swiglu_quantise_backward: da is {tuple(da.shape)} on {da.device} for h {tuple(h.shape)} on {h.device}; it must be [M, F] on the same device")

@@ -1,7 +1,7 @@
 """RMSNorm and SwiGLU that write FP8: Triton kernels of the functions in `fused.py`.
 
 One program owns a 128 x 128 tile of the result, computes it in FP32 from one read of its inputs, rounds it to the type of
-the inputs, and stores it quantised in both layouts (as quantise.py does for a matrix that exists). RMSNorm needs its row
+the inputs, and stores it quantised in both layouts, with the functions of quantise.py. RMSNorm needs its row
 sums first: a program of 16 rows of `rms_kernel` reads them, and the tile kernel reads x once more; a fusion into one kernel
 would leave 64 programs of 128 rows for 8,192 tokens, half of the device.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megalign.kernels.fused import check_norm, check_swiglu
 from megalign.kernels.launch import launch
-from megalign.kernels.quantise import magnitude_bits, tile_scale
+from megalign.kernels.quantise import store_columns, store_rows
 from megalign.kernels.tiles import TILE, Fp8Tensor, ceil_tiles
 
 WARPS = 8
@@ -23,31 +23,10 @@ NORM_ROWS = 16
 
 
 @triton.jit
-def store_both(
-    x,  # [TILE, TILE] fp32: tile (tile_m, tile_k), zeros outside
-    row_ptr,  # [M, K'] e4m3 OUT
-    row_scale_ptr,  # [K'/128, M] fp32 OUT
-    column_ptr,  # [K, M'] e4m3 OUT
-    column_scale_ptr,  # [M'/128, K] fp32 OUT
-    tile_m,
-    tile_k,
-    M,
-    K,
-    TILE: tl.constexpr,
-):
-    """Quantise one tile along its rows and along its columns."""
-    m = tile_m * TILE + tl.arange(0, TILE)
-    k = tile_k * TILE + tl.arange(0, TILE)
-    inside = (m < M)[:, None] & (k < K)[None, :]
-    bits = magnitude_bits(x)
-    scale, factor = tile_scale(tl.max(bits, 1))
-    q = tl.where(inside, x * factor[:, None], 0.0).to(tl.float8e4nv)
-    tl.store(row_ptr + m.to(tl.int64)[:, None] * (tl.cdiv(K, TILE) * TILE) + k[None, :], q, mask=(m < M)[:, None])
-    tl.store(row_scale_ptr + tile_k.to(tl.int64) * M + m, scale, mask=m < M)
-    scale, factor = tile_scale(tl.max(bits, 0))
-    q = tl.where(inside, x * factor[None, :], 0.0).to(tl.float8e4nv)
-    tl.store(column_ptr + k.to(tl.int64)[:, None] * (tl.cdiv(M, TILE) * TILE) + m[None, :], tl.trans(q), mask=(k < K)[:, None])
-    tl.store(column_scale_ptr + tile_m.to(tl.int64) * K + k, scale, mask=k < K)
+def store_both(x, inside, m, k, tile_m, tile_k, row_ptr, row_scale_ptr, column_ptr, column_scale_ptr, M, K, TILE: tl.constexpr):
+    """Quantise one tile of fp32 along its rows and along its columns."""
+    store_rows(x, inside, m, k, tile_k, row_ptr, row_scale_ptr, M, K, True, TILE)
+    store_columns(x, inside, m, k, tile_m, column_ptr, column_scale_ptr, M, K, True, TILE)
 
 
 @triton.jit
@@ -66,7 +45,8 @@ def rms_kernel(
         k = start + tl.arange(0, COLUMNS)
         x = tl.load(x_ptr + m.to(tl.int64)[:, None] * K + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0.0).to(tl.float32)
         total += x * x
-    inverse = 1.0 / tl.sqrt(tl.sum(total, 1) / K + eps)
+    mean = tl.sum(total, 1) / K
+    inverse = tl.where(mean < float("inf"), 1.0 / tl.sqrt(mean + eps), float("nan"))  # an overflow would turn the row into zeros
     tl.store(inverse_ptr + m, inverse, mask=m < M)
 
 
@@ -86,11 +66,12 @@ def rms_quantise_kernel(
     tile_m, tile_k = tl.program_id(0), tl.program_id(1)
     m = tile_m * TILE + tl.arange(0, TILE)
     k = tile_k * TILE + tl.arange(0, TILE)
-    x = tl.load(x_ptr + m.to(tl.int64)[:, None] * K + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0.0)
+    inside = (m < M)[:, None] & (k < K)[None, :]
+    x = tl.load(x_ptr + m.to(tl.int64)[:, None] * K + k[None, :], mask=inside, other=0.0)
     inverse = tl.load(inverse_ptr + m, mask=m < M, other=0.0)
     gamma = tl.load(gamma_ptr + k, mask=k < K, other=0.0).to(tl.float32)
     y = (x.to(tl.float32) * inverse[:, None] * gamma[None, :]).to(x.dtype).to(tl.float32)
-    store_both(y, row_ptr, row_scale_ptr, column_ptr, column_scale_ptr, tile_m, tile_k, M, K, TILE)
+    store_both(y, inside, m, k, tile_m, tile_k, row_ptr, row_scale_ptr, column_ptr, column_scale_ptr, M, K, TILE)
 
 
 @triton.jit
@@ -107,12 +88,13 @@ def swiglu_kernel(
     tile_m, tile_k = tl.program_id(0), tl.program_id(1)
     m = tile_m * TILE + tl.arange(0, TILE)
     k = tile_k * TILE + tl.arange(0, TILE)
+    inside = (m < M)[:, None] & (k < F)[None, :]
     own = h_ptr + m.to(tl.int64)[:, None] * (2 * F) + k[None, :]
-    gate = tl.load(own, mask=(m < M)[:, None], other=0.0)
-    up = tl.load(own + F, mask=(m < M)[:, None], other=0.0).to(tl.float32)
+    gate = tl.load(own, mask=inside, other=0.0)
+    up = tl.load(own + F, mask=inside, other=0.0).to(tl.float32)
     wide = gate.to(tl.float32)
     a = (wide * (1.0 / (1.0 + tl.exp(-wide))) * up).to(gate.dtype).to(tl.float32)
-    store_both(a, row_ptr, row_scale_ptr, column_ptr, column_scale_ptr, tile_m, tile_k, M, F, TILE)
+    store_both(a, inside, m, k, tile_m, tile_k, row_ptr, row_scale_ptr, column_ptr, column_scale_ptr, M, F, TILE)
 
 
 @triton.jit
@@ -144,7 +126,9 @@ def swiglu_backward_kernel(
     else:
         up = tl.load(h_ptr + rows * (2 * F) + F + k[None, :], mask=valid, other=0.0).to(tl.float32)
         dh = da * up * s * (1.0 + wide * (1.0 - s))
-    store_both(dh.to(gate.dtype).to(tl.float32), row_ptr, row_scale_ptr, column_ptr, column_scale_ptr, tile_m, tile_h, M, 2 * F, TILE)
+    h = tile_h * TILE + tl.arange(0, TILE)
+    inside = valid & (h < 2 * F)[None, :]
+    store_both(dh.to(gate.dtype).to(tl.float32), inside, m, h, tile_m, tile_h, row_ptr, row_scale_ptr, column_ptr, column_scale_ptr, M, 2 * F, TILE)
 
 
 def rms_norm_quantise(x: Tensor, gamma: Tensor, eps: float = 1e-5) -> tuple[Fp8Tensor, Fp8Tensor, Tensor]:

@@ -72,7 +72,7 @@ def producer(x_desc, w_desc, x_slots, w_slots, full, empty, M, N, K, programs, B
 
 @gluon.jit
 def consumer(y_desc, x_scale_ptr, w_scale_ptr, x_slots, w_slots, y_slots, full, empty, M, N, K, programs, WHICH: gl.constexpr, BLOCK_M: gl.constexpr, HALF: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr):
-    sums: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HALF, 32])  # pyright: ignore[reportArgumentType]
+    sums: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HALF, 32])  # pyright: ignore[reportArgumentType, reportAssignmentType]
     BLOCK_N: gl.constexpr = 2 * HALF
     tiles_n, steps, blocks_n = gl.cdiv(N, BLOCK_N), gl.cdiv(K, TILE), gl.cdiv(N, TILE)
     tiles = gl.cdiv(M, BLOCK_M) * tiles_n
@@ -148,6 +148,7 @@ def gluon_matmul_kernel(
 def matmul(x: Fp8Tensor, w: Fp8Tensor, dtype: torch.dtype = torch.bfloat16, config: GluonConfig = CONFIGS[0]) -> Tensor:
     """y [M, N] = x [M, K] w[N, K]^T; reference.matmul. dtype: bfloat16 or float32."""
     check_matmul(x, w)
+    x, w = x.contiguous(), w.contiguous()
     m, n, k = x.rows, w.rows, x.columns
     y = torch.empty(m, round_up(n, 16 // dtype.itemsize), dtype=dtype, device=x.device)
     if k == 0 or y.numel() == 0:

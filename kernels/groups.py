@@ -39,13 +39,16 @@ class GroupLayout:
         return self.starts.numel() - 1
 
     @staticmethod
-    def of(sizes: Tensor, tokens: int) -> GroupLayout:
-        """Layout of groups with `sizes` [G] rows each (integers, any device); sum(sizes) must be `tokens`."""
+    def of(sizes: Tensor, tokens: int, device: torch.device | None = None) -> GroupLayout:
+        """Layout on `device` (default: that of sizes) of groups with `sizes` [G] rows each (integers >= 0); their sum must be `tokens`.
+
+        Raises Fp8Error for sizes that do not fit, where they lie on the CPU: on a GPU it would have to wait for them.
+        """
         if sizes.dim() != 1 or sizes.is_floating_point():
             raise Fp8Error(f"sizes is {sizes.dtype} {tuple(sizes.shape)}; it must be a vector of integers, one for each group")
-        if not sizes.is_cuda and int(sizes.sum()) != tokens:
-            raise Fp8Error(f"sizes sum to {int(sizes.sum())}, but there are {tokens} tokens; tokens outside the groups have no expert")
-        groups, sizes = sizes.numel(), sizes.long()
+        if not sizes.is_cuda and (int(sizes.sum()) != tokens or bool((sizes < 0).any())):
+            raise Fp8Error(f"sizes {sizes.tolist()} sum to {int(sizes.sum())}, but there are {tokens} tokens; give each group 0 or more, and all of them together")
+        groups, sizes = sizes.numel(), sizes.to(device or sizes.device).long()
         rows = (tokens + groups * (TILE - 1)) // TILE * TILE
         ends = ((sizes + TILE - 1) // TILE * TILE).cumsum(0)
         starts = torch.cat([ends.new_zeros(1), ends])

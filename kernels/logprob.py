@@ -19,6 +19,7 @@ O(chunk v) for one more matmul. Everything after the matmul is FP32 (FP64 for FP
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -112,7 +113,8 @@ class _LinearLogprobs(torch.autograd.Function):
 
 
 def _backend(hidden: Tensor) -> Any:
-    if hidden.is_cuda:
+    """Triton on CUDA; in FP64, as a probe of gradients asks for, torch there too: the kernels add in FP32."""
+    if hidden.is_cuda and hidden.dtype != torch.float64 and importlib.util.find_spec("triton") is not None:
         from megalign.kernels import logprob_triton
 
         return logprob_triton

@@ -140,6 +140,7 @@ def grouped_matmul(
 
 
 def _matmul(x: Fp8Tensor, w: Fp8Tensor, n: int, tile_group: Tensor | None, dtype: torch.dtype, config: MatmulConfig) -> Tensor:
+    x, w = x.contiguous(), w.contiguous()
     m, k = x.rows, x.columns
     y = torch.empty(m, round_up(n, 16 // dtype.itemsize), dtype=dtype, device=x.device)  # TMA wants rows of 16 bytes' multiples
     if k == 0 or y.numel() == 0:

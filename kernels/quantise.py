@@ -9,6 +9,7 @@ transposed copy is written from the registers of the same program, because a sec
 FP8 matmul operand in the other order compiles to byte-wide stores. 8 warps hold the tile in 64 registers a thread.
 
 The scale is integer arithmetic on the bits of the largest magnitude (see reference.py): no division, no logarithm.
+FP32 scales (power_of_two=False: amax / 448, as other stacks have them) cost an IEEE division a number, and retile loses with them.
 The maximum is taken over those bits as integers, for two reasons: bits of |x| are ordered as |x| is, and NaN and
 infinity are larger than every finite number, while a floating-point maximum on the GPU would drop a NaN silently.
 A tile with one of them gets a NaN scale, and every byte of it becomes NaN.
@@ -31,20 +32,53 @@ WARPS = 8  # of every kernel here: 128 x 128 numbers in 256 threads
 
 
 @triton.jit
-def tile_scale(bits):
-    """(scale, 1 / scale) from the integer bits of the largest |x|; NaN, NaN for bits of an infinity or a NaN."""
-    e = (bits >> 23) - 8 + ((bits & 0x7FFFFF) > 0x680000).to(tl.int32)
-    e = tl.minimum(tl.maximum(e, 1), 253)
+def tile_scale(bits, POWER_OF_TWO: tl.constexpr):
+    """(scale, what `to_e4m3` divides by it with) from the integer bits of the largest |x|; both NaN for those of an infinity or a NaN."""
     finite = bits < 0x7F800000
-    scale = tl.where(finite, e << 23, 0x7FC00000).to(tl.float32, bitcast=True)
-    factor = tl.where(finite, (254 - e) << 23, 0x7FC00000).to(tl.float32, bitcast=True)
+    if POWER_OF_TWO:
+        e = (bits >> 23) - 8 + ((bits & 0x7FFFFF) > 0x680000).to(tl.int32)
+        e = tl.minimum(tl.maximum(e, 1), 253)
+        scale = tl.where(finite, e << 23, 0x7FC00000).to(tl.float32, bitcast=True)
+        factor = tl.where(finite, (254 - e) << 23, 0x7FC00000).to(tl.float32, bitcast=True)
+    else:
+        scale = tl.maximum(tl.div_rn(bits.to(tl.float32, bitcast=True), 448.0), 1.1754943508222875e-38)  # 2^-126
+        scale = tl.where(finite, scale, float("nan"))
+        factor = scale
     return scale, factor
+
+
+@triton.jit
+def to_e4m3(x, factor, inside, POWER_OF_TWO: tl.constexpr):
+    """x over the scale of its tile, to nearest and saturating; zero outside the matrix, NaN in a marked tile."""
+    if POWER_OF_TWO:
+        scaled = x * factor
+    else:
+        scaled = tl.div_rn(x, factor)
+    return tl.where(inside, scaled, 0.0).to(tl.float8e4nv)
 
 
 @triton.jit
 def magnitude_bits(x):
     """Bits of |x| (fp32) as integers: ordered as |x|, infinity and NaN above all finite numbers."""
     return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def store_rows(x, inside, m, k, tile_k, row_ptr, row_scale_ptr, M, K, POWER_OF_TWO: tl.constexpr, TILE: tl.constexpr):
+    """Quantise a tile [TILE, TILE] of fp32 along its rows: x [M, K'] in 1 x 128 tiles, scales [K'/128, M]."""
+    scale, factor = tile_scale(tl.max(magnitude_bits(x), 1), POWER_OF_TWO)  # pyright: ignore[reportGeneralTypeIssues]
+    q = to_e4m3(x, factor[:, None], inside, POWER_OF_TWO)
+    tl.store(row_ptr + m.to(tl.int64)[:, None] * (tl.cdiv(K, TILE) * TILE) + k[None, :], q, mask=(m < M)[:, None])
+    tl.store(row_scale_ptr + tile_k.to(tl.int64) * M + m, scale, mask=m < M)
+
+
+@triton.jit
+def store_columns(x, inside, m, k, tile_m, column_ptr, column_scale_ptr, M, K, POWER_OF_TWO: tl.constexpr, TILE: tl.constexpr):
+    """Quantise a tile [TILE, TILE] of fp32 along its columns: x^T [K, M'] in 1 x 128 tiles, scales [M'/128, K]."""
+    scale, factor = tile_scale(tl.max(magnitude_bits(x), 0), POWER_OF_TWO)  # pyright: ignore[reportGeneralTypeIssues]
+    q = to_e4m3(x, factor[None, :], inside, POWER_OF_TWO)
+    tl.store(column_ptr + k.to(tl.int64)[:, None] * (tl.cdiv(M, TILE) * TILE) + m[None, :], tl.trans(q), mask=(k < K)[:, None])
+    tl.store(column_scale_ptr + tile_m.to(tl.int64) * K + k, scale, mask=k < K)
 
 
 @triton.jit
@@ -59,6 +93,7 @@ def quantise_rows_kernel(
     x_stride,
     ROWS: tl.constexpr,  # write x
     COLUMNS: tl.constexpr,  # write x^T
+    POWER_OF_TWO: tl.constexpr,
     TILE: tl.constexpr,  # 128
 ):
     tile_m, tile_k = tl.program_id(0), tl.program_id(1)
@@ -66,19 +101,10 @@ def quantise_rows_kernel(
     k = tile_k * TILE + tl.arange(0, TILE)
     inside = (m < M)[:, None] & (k < K)[None, :]
     x = tl.load(x_ptr + m.to(tl.int64)[:, None] * x_stride + k[None, :], mask=inside, other=0.0).to(tl.float32)
-    bits = magnitude_bits(x)
     if ROWS:
-        scale, factor = tile_scale(tl.max(bits, 1))
-        q = tl.where(inside, x * factor[:, None], 0.0).to(tl.float8e4nv)
-        stride = tl.cdiv(K, TILE) * TILE
-        tl.store(row_ptr + m.to(tl.int64)[:, None] * stride + k[None, :], q, mask=(m < M)[:, None])
-        tl.store(row_scale_ptr + tile_k.to(tl.int64) * M + m, scale, mask=m < M)
+        store_rows(x, inside, m, k, tile_k, row_ptr, row_scale_ptr, M, K, POWER_OF_TWO, TILE)
     if COLUMNS:
-        scale, factor = tile_scale(tl.max(bits, 0))
-        q = tl.where(inside, x * factor[None, :], 0.0).to(tl.float8e4nv)
-        stride = tl.cdiv(M, TILE) * TILE
-        tl.store(column_ptr + k.to(tl.int64)[:, None] * stride + m[None, :], tl.trans(q), mask=(k < K)[:, None])
-        tl.store(column_scale_ptr + tile_m.to(tl.int64) * K + k, scale, mask=k < K)
+        store_columns(x, inside, m, k, tile_m, column_ptr, column_scale_ptr, M, K, POWER_OF_TWO, TILE)
 
 
 @triton.jit
@@ -91,6 +117,7 @@ def quantise_blocks_kernel(
     N,
     K,
     TRANSPOSED: tl.constexpr,  # write W^T
+    POWER_OF_TWO: tl.constexpr,
     TILE: tl.constexpr,  # 128
 ):
     tile_n, tile_k, g = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -99,8 +126,8 @@ def quantise_blocks_kernel(
     k = tile_k * TILE + tl.arange(0, TILE)
     inside = (n < N)[:, None] & (k < K)[None, :]
     w = tl.load(w_ptr + (g * N + n)[:, None] * K + k[None, :], mask=inside, other=0.0).to(tl.float32)
-    scale, factor = tile_scale(tl.max(tl.max(magnitude_bits(w), 1), 0))
-    q = tl.where(inside, w * factor, 0.0).to(tl.float8e4nv)
+    scale, factor = tile_scale(tl.max(tl.max(magnitude_bits(w), 1), 0), POWER_OF_TWO)
+    q = to_e4m3(w, factor, inside, POWER_OF_TWO)
     tl.store(block_ptr + (g * N + n)[:, None] * (tiles_k * TILE) + k[None, :], q, mask=(n < N)[:, None])
     tl.store(block_scale_ptr + (g * tiles_n + tile_n) * tiles_k + tile_k, scale)
     if TRANSPOSED:
@@ -121,55 +148,49 @@ def retile_kernel(
     tile_m, tile_k = tl.program_id(0), tl.program_id(1)
     m = tile_m * TILE + tl.arange(0, TILE)
     k = tile_k * TILE + tl.arange(0, TILE)
+    inside = (m < M)[:, None] & (k < K)[None, :]
     q = tl.load(x_ptr + m.to(tl.int64)[:, None] * (tl.cdiv(K, TILE) * TILE) + k[None, :], mask=(m < M)[:, None], other=0.0)
-    old = tl.load(x_scale_ptr + tile_k.to(tl.int64) * M + m, mask=m < M, other=0.0)
-    x = q.to(tl.float32) * old[:, None]
-    scale, factor = tile_scale(tl.max(magnitude_bits(x), 0))
-    moved = tl.where((m < M)[:, None], x * factor[None, :], 0.0).to(tl.float8e4nv)
-    tl.store(column_ptr + k.to(tl.int64)[:, None] * (tl.cdiv(M, TILE) * TILE) + m[None, :], tl.trans(moved), mask=(k < K)[:, None])
-    tl.store(column_scale_ptr + tile_m.to(tl.int64) * K + k, scale, mask=k < K)
+    scale = tl.load(x_scale_ptr + tile_k.to(tl.int64) * M + m, mask=m < M, other=0.0)
+    store_columns(q.to(tl.float32) * scale[:, None], inside, m, k, tile_m, column_ptr, column_scale_ptr, M, K, True, TILE)
 
 
-def quantise_rows(x: Tensor) -> Fp8Tensor:
+def quantise_rows(x: Tensor, *, power_of_two: bool = True) -> Fp8Tensor:
     """Activations x [M, K] in tiles of 1 x 128; reference.quantise_rows."""
-    rows, _ = _quantise_rows(x, columns=False)
-    return rows
+    return _quantise_rows(x, power_of_two, None)
 
 
-def quantise_rows_both(x: Tensor) -> tuple[Fp8Tensor, Fp8Tensor]:
+def quantise_rows_both(x: Tensor, *, power_of_two: bool = True) -> tuple[Fp8Tensor, Fp8Tensor]:
     """(x [M, K], x^T [K, M]), each in tiles of 1 x 128, from one read; reference.quantise_rows_both."""
-    rows, columns = _quantise_rows(x, columns=True)
-    assert columns is not None
-    return rows, columns
+    check_input(x, (2,))
+    transposed = Fp8Tensor.empty(x.shape[1], x.shape[0], "rows", x.device)
+    return _quantise_rows(x, power_of_two, transposed), transposed
 
 
-def _quantise_rows(x: Tensor, columns: bool) -> tuple[Fp8Tensor, Fp8Tensor | None]:
+def _quantise_rows(x: Tensor, power_of_two: bool, transposed: Fp8Tensor | None) -> Fp8Tensor:
     check_input(x, (2,))
     x = x if x.stride(-1) == 1 else x.contiguous()
     m, k = x.shape
     rows = Fp8Tensor.empty(m, k, "rows", x.device)
-    transposed = Fp8Tensor.empty(k, m, "rows", x.device) if columns else None
     other = transposed or rows
     if x.numel():
         grid = (ceil_tiles(m), ceil_tiles(k))
         outputs = (rows.data, rows.scale, other.data, other.scale)
-        launch(quantise_rows_kernel, grid, x, *outputs, m, k, x.stride(0), ROWS=True, COLUMNS=columns, TILE=TILE, num_warps=WARPS, device=x.device)
-    return rows, transposed
+        constants = {"ROWS": True, "COLUMNS": transposed is not None, "POWER_OF_TWO": power_of_two, "TILE": TILE}
+        launch(quantise_rows_kernel, grid, x, *outputs, m, k, x.stride(0), **constants, num_warps=WARPS, device=x.device)
+    return rows
 
 
-def quantise_blocks(w: Tensor) -> Fp8Tensor:
+def quantise_blocks(w: Tensor, *, power_of_two: bool = True) -> Fp8Tensor:
     """Weights w [N, K] or [G, N, K] in blocks of 128 x 128; reference.quantise_blocks."""
-    return _quantise_blocks(w, transposed=False)[0]
+    return _quantise_blocks(w, power_of_two, transposed=False)[0]
 
 
-def quantise_blocks_both(w: Tensor) -> tuple[Fp8Tensor, Fp8Tensor]:
+def quantise_blocks_both(w: Tensor, *, power_of_two: bool = True) -> tuple[Fp8Tensor, Fp8Tensor]:
     """(W [.., N, K], W^T [.., K, N]) in blocks of 128 x 128, from one read; reference.quantise_blocks_both."""
-    w_fp8, w_t = _quantise_blocks(w, transposed=True)
-    assert w_t is not None
-    return w_fp8, w_t
+    return _quantise_blocks(w, power_of_two, transposed=True)
 
 
-def _quantise_blocks(w: Tensor, transposed: bool) -> tuple[Fp8Tensor, Fp8Tensor | None]:
+def _quantise_blocks(w: Tensor, power_of_two: bool, transposed: bool) -> tuple[Fp8Tensor, Fp8Tensor]:
     check_input(w, (2, 3))
     w = w.contiguous()
     groups = w.shape[0] if w.dim() == 3 else None
@@ -179,14 +200,16 @@ def _quantise_blocks(w: Tensor, transposed: bool) -> tuple[Fp8Tensor, Fp8Tensor 
     if w.numel():
         grid = (ceil_tiles(n), ceil_tiles(k), groups or 1)
         outputs = (blocks.data, blocks.scale, other.data, other.scale)
-        launch(quantise_blocks_kernel, grid, w, *outputs, n, k, TRANSPOSED=transposed, TILE=TILE, num_warps=WARPS, device=w.device)
-    return blocks, other if transposed else None
+        constants = {"TRANSPOSED": transposed, "POWER_OF_TWO": power_of_two, "TILE": TILE}
+        launch(quantise_blocks_kernel, grid, w, *outputs, n, k, **constants, num_warps=WARPS, device=w.device)
+    return blocks, other
 
 
 def retile(x: Fp8Tensor) -> Fp8Tensor:
     """x [M, K] in tiles of 1 x 128 -> x^T [K, M] in tiles of 1 x 128; reference.retile."""
     if x.tiling != "rows":
         raise Fp8Error("retile needs rows; the transpose of blocks is transpose_blocks")
+    x = x.contiguous()
     m, k = x.rows, x.columns
     columns = Fp8Tensor.empty(k, m, "rows", x.device)
     if m and k:

@@ -29,7 +29,9 @@ def why_not(operation: str, m: int, n: int, k: int) -> str | None:
             return f"M = {m} must be a multiple of 4, N = {n} of 16 and ceil(K/128) = {-(-k // TILE)} of 4"
         return None
     if operation == "wgrad":
-        return None if n % 4 == 0 and k % 16 == 0 else f"N = {n} must be a multiple of 4 and K = {k} of 16"
+        if n % 4 or k % 16 or m <= TILE:
+            return f"N = {n} must be a multiple of 4 and K = {k} of 16, and M = {m} above {TILE}: one scale a row is another recipe to torch"
+        return None
     return f"torch has no block-wise {operation}"
 
 
@@ -43,6 +45,7 @@ def matmul(x: Fp8Tensor, w: Fp8Tensor, dtype: torch.dtype = torch.bfloat16) -> T
     """y [M, N] = x [M, K] w[N, K]^T; reference.matmul."""
     check_matmul(x, w)
     _refuse("matmul", x.rows, w.rows, x.columns)
+    x, w = x.contiguous(), w.contiguous()
     return torch._scaled_mm(x.data, w.data.t(), scale_a=x.scale.t(), scale_b=w.scale.t(), out_dtype=dtype)  # pyright: ignore[reportPrivateImportUsage]
 
 
@@ -50,6 +53,7 @@ def wgrad(dy_t: Fp8Tensor, x_t: Fp8Tensor, out: Tensor | None = None, dtype: tor
     """dW [N, K] = dy^T [N, M] x^T[K, M]^T, added to `out` in place if it is given; reference.wgrad."""
     check_wgrad(dy_t, x_t, out)
     _refuse("wgrad", dy_t.columns, dy_t.rows, x_t.rows)
+    dy_t, x_t = dy_t.contiguous(), x_t.contiguous()
     computed = torch.float32 if out is not None else dtype
     grad = torch._scaled_mm(dy_t.data, x_t.data.t(), scale_a=dy_t.scale.t(), scale_b=x_t.scale, out_dtype=computed)  # pyright: ignore[reportPrivateImportUsage]
     return grad if out is None else out.add_(grad)

@@ -88,6 +88,12 @@ class Fp8Tensor:
     def device(self) -> torch.device:
         return self.data.device
 
+    def contiguous(self) -> Fp8Tensor:
+        """Itself, or a copy without strides: kernels count on rows and scales that follow each other."""
+        if self.data.is_contiguous() and self.scale.is_contiguous():
+            return self
+        return Fp8Tensor(self.data.contiguous(), self.scale.contiguous(), self.columns, self.tiling)
+
     def non_finite_tiles(self) -> Tensor:
         """How many tiles held an infinity or a NaN when they were quantised; int64 scalar on the tensor's device."""
         return self.scale.isnan().sum()

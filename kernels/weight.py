@@ -24,7 +24,10 @@ class Fp8Weight:
 
     def __init__(self) -> None:
         self.pair: Pair | None = None
-        self.made_from: tuple[int, int, torch.device] | None = None
+        self.made_from: tuple[int | None, int, torch.device] | None = None
+
+    def __reduce__(self) -> tuple[type[Fp8Weight], tuple[()]]:
+        return Fp8Weight, ()  # pickled and copied empty: the copy quantises the weight that it finds itself on
 
     @staticmethod
     def of(parameter: Tensor) -> Fp8Weight:
@@ -35,8 +38,8 @@ class Fp8Weight:
         return holder
 
     def current(self, parameter: Tensor) -> Pair:
-        """(W, W^T) of the parameter as it is now; quantises only if it has changed since."""
-        if self.pair is None or self.made_from != _version(parameter):
+        """(W, W^T) of the parameter as it is now; quantises only if it has changed since (made in inference mode it counts no changes: always)."""
+        if self.pair is None or parameter.is_inference() or self.made_from != _version(parameter):
             self.replace(parameter, quantise_blocks_both(parameter.detach()))
         assert self.pair is not None
         return self.pair
@@ -71,5 +74,5 @@ def weights_changed(model: torch.nn.Module) -> None:
             parameter.fp8_weight.changed()  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _version(parameter: Tensor) -> tuple[int, int, torch.device]:
-    return parameter._version, parameter.data_ptr(), parameter.device
+def _version(parameter: Tensor) -> tuple[int | None, int, torch.device]:
+    return None if parameter.is_inference() else parameter._version, parameter.data_ptr(), parameter.device

@@ -107,6 +107,7 @@ def grouped_wgrad(
 
 
 def _wgrad(dy_t: Fp8Tensor, x_t: Fp8Tensor, layout: GroupLayout | None, out: Tensor | None, dtype: torch.dtype, config: WgradConfig) -> Tensor:
+    dy_t, x_t = dy_t.contiguous(), x_t.contiguous()
     n, k, m = dy_t.rows, x_t.rows, dy_t.columns
     groups = layout.groups if layout else 1
     if out is not None and not _reachable(out):

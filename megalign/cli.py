@@ -228,14 +228,16 @@ def doctor(
 @app.command()
 def kernels(
     shapes: Annotated[list[str] | None, typer.Argument(metavar="[TOKENSxOUTxIN]...", help="Linear layers, e.g. 8192x4096x7168.")] = None,
-    backend: Annotated[str, typer.Option(help="As if this rung were forced: auto, reference, triton, scaled_mm or gluon.")] = "auto",
+    backend: Annotated[str | None, typer.Option(help="As if this rung were forced: auto, reference, triton, scaled_mm or gluon.")] = None,
+    recipe: Annotated[str | None, typer.Option(metavar="RECIPE", help="Take kernels.fp8_backend of this recipe.")] = None,
 ) -> None:
     """Which FP8 backends this machine has, and which one each shape takes; on CUDA, new shapes are measured."""
     import torch
 
+    from megalign.config.load import load_recipe
     from megalign.kernels import backends, overview
 
-    backends.use(backend)
+    backends.use(backend or (load_recipe(recipe, []).kernels.fp8_backend if recipe else None))
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     asked = [overview.parse_shape(shape) for shape in shapes or []]
     print("\n".join(overview.overview(asked or list(overview.SHAPES), device)))

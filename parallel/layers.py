@@ -47,7 +47,7 @@ class RMSNorm(torch.nn.RMSNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.is_cuda:  # one kernel there, six operations on a CPU
             return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)  # pyright: ignore[reportArgumentType]  it is given, never None
 
 
 class LayerNorm(torch.nn.LayerNorm):

@@ -54,7 +54,7 @@ def create_optimizer(
     use_distributed_optimizer: bool,
     overlap_param_gather: bool = False,
     cpu_offload: bool = False,
-    **adam: float,
+    **adam: Any,
 ) -> Any:
     """Megatron's optimizer over DDP-wrapped chunks: decoupled decay (none on norms and biases), global clip.
 

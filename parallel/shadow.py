@@ -75,7 +75,7 @@ class Shadow:
     def update(self) -> None:
         """After an optimizer step."""
         if self.owned:  # of a small model a rank may own nothing
-            torch._foreach_lerp_(self.values, [entry.master.detach() for entry in self.owned], 1 - self.decay)
+            torch._foreach_lerp_(self.values, [entry.master.detach() for entry in self.owned], 1 - self.decay)  # pyright: ignore[reportPrivateImportUsage]
 
     @torch.no_grad()
     def whole(self, parameter: Any) -> Tensor:

@@ -142,7 +142,7 @@ def empty_aux_loss() -> None:
 
     @functools.wraps(upstream)
     def balance(probs: torch.Tensor, tokens_per_expert: torch.Tensor, total_num_tokens: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        counted = total_num_tokens.clamp(min=1) if torch.is_tensor(total_num_tokens) else max(1, total_num_tokens)
+        counted: Any = total_num_tokens.clamp(min=1) if torch.is_tensor(total_num_tokens) else max(1, total_num_tokens)
         return upstream(probs, tokens_per_expert, counted, *args, **kwargs)
 
     router.switch_load_balancing_loss_func = balance

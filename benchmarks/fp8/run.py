@@ -12,6 +12,7 @@ the same run, or its FLOPs over the data sheet's peak, whichever is larger.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -21,11 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fp8_checks import correctness
 from fp8_layers import Bf16Experts, NaiveFp8Linear, torchao_layer
 
-from megalign.kernels import backends, fused, reference
+from megalign.kernels import backends, reference
 from megalign.kernels.adamw import MixedPrecisionAdamW
 from megalign.kernels.linear import Fp8GroupedLinear, Fp8Linear
+from megalign.kernels.logprob import linear_logprobs
+from megalign.kernels.tuning import WORST_ERROR
 
 BF16 = torch.bfloat16
 Timer = Callable[[Callable[[], Any]], float]
@@ -33,53 +37,8 @@ PEAK_FP8 = {"H100": 1979e12, "H200": 1979e12}  # dense, NVIDIA's data sheets
 # tokens, inputs, outputs, floor and goal of the ratio to BF16 (fp8.md)
 SHAPES = [(8192, 4096, 4096, 1.10, 1.30), (8192, 7168, 2048, 1.10, 1.28), (8192, 7168, 18432, 1.15, 1.41), (4096, 1024, 1024, None, None)]
 EXPERTS = (8, 32768, 7168, 4096, 1.10, 1.52)
+LOGPROB = (8192, 4096, 131072)  # tokens, width, vocabulary
 ADAMW = (4096, 4096)
-
-
-def correctness(device: torch.device, seed: int) -> dict[str, float]:
-    """Largest relative error of each result against float64. Raises AssertionError if one is out of fp8.md's bounds."""
-    torch.manual_seed(seed)
-    worst: dict[str, float] = {}
-
-    def check(name: str, found: torch.Tensor, exact: torch.Tensor, low: float, high: float) -> None:
-        error = float((found.detach().double() - exact).norm() / exact.norm())
-        worst[name] = max(worst.get(name, 0.0), error)
-        assert low < error < high, f"{name}: relative error {error:.2e}, expected between {low} and {high}; nothing is timed (seed {seed})"
-
-    for steps in (1, 2, 3, 5):
-        m, n, k = 384, 256, 128 * steps
-        layer = Fp8Linear(k, n, bias=False, device=device)
-        x = torch.randn(m, k, device=device, dtype=BF16, requires_grad=True)
-        dy = torch.randn(m, n, device=device, dtype=BF16)
-        y = layer(x)
-        y.backward(dy)
-        assert x.grad is not None and layer.weight.grad is not None
-        x64, w64, dy64 = x.detach().double(), layer.weight.detach().double(), dy.double()
-        for name, found, exact in (("forward", y, x64 @ w64.t()), ("dgrad", x.grad, dy64 @ w64), ("wgrad", layer.weight.grad, dy64.t() @ x64)):
-            check(f"{name} against unquantised", found, exact, 0.030, 0.045)
-        rows, (w, _) = backends.quantise_rows(x.detach()), layer.fp8()
-        exact = reference.dequantise(rows, torch.float64) @ reference.dequantise(w, torch.float64).t()
-        check("matmul against its own FP8 operands", backends.matmul(rows, w), exact, 0, 2.5e-3)
-        expected, found = reference.quantise_rows_both(x.detach()), backends.quantise_rows_both(x.detach())
-        for a, b in zip(found, expected):
-            assert torch.equal(a.data.view(torch.uint8), b.data.view(torch.uint8)) and torch.equal(a.scale, b.scale), "quantisation differs from the reference"
-    if device.type == "cuda":
-        correct_optimizer(device)
-    return worst
-
-
-def correct_optimizer(device: torch.device) -> None:
-    """The fused AdamW leaves the bits of the torch path, on this device."""
-    states = []
-    for backend in ("torch", "triton"):
-        torch.manual_seed(1)
-        layer = Fp8Linear(384, 256, bias=False, device=device)
-        optimizer = MixedPrecisionAdamW([("w", layer.weight)], lr=1e-2, backend=backend)
-        for _ in range(3):
-            layer.weight.grad = torch.randn_like(layer.weight)
-            optimizer.step()
-        states.append([optimizer.master(layer.weight), *(optimizer.state[layer.weight][name] for name in ("exp_avg", "exp_avg_sq")), layer.fp8()[1].data.view(torch.uint8)])
-    assert all(torch.equal(a, b) for a, b in zip(*states)), "the fused AdamW differs from the torch path"
 
 
 def step_of(layer: torch.nn.Module, *inputs: torch.Tensor) -> Callable[[], None]:
@@ -130,7 +89,9 @@ def time_layers(device: torch.device, timer: Timer, shapes: list[tuple[Any, ...]
     return table
 
 
-def time_kernels(device: torch.device, timer: Timer, shapes: list[tuple[Any, ...]], bandwidth: float, peak: float) -> list[dict[str, Any]]:
+def time_kernels(
+    device: torch.device, timer: Timer, shapes: list[tuple[Any, ...]], logprob: tuple[int, int, int], bandwidth: float, peak: float
+) -> list[dict[str, Any]]:
     """Each kernel against its floor, and every rung of the ladder that this machine has for the matmuls."""
     table = []
 
@@ -138,29 +99,50 @@ def time_kernels(device: torch.device, timer: Timer, shapes: list[tuple[Any, ...
         seconds, floor = timer(run), max(size / bandwidth, flops / peak)
         table.append({"kernel": name, "seconds": seconds, "floor": floor, "share of floor": floor / seconds, "TB/s": size / seconds / 1e12, "TFLOP/s": flops / seconds / 1e12})
 
-    kernels: Any = fused
-    if device.type == "cuda":
-        from megalign.kernels import fused_triton as kernels
     for m, k, n, *_ in shapes:
         x, w, dy = (torch.randn(a, b, device=device, dtype=BF16) for a, b in ((m, k), (n, k), (m, n)))
         size = f"{k} -> {n}, {m} tokens"
         add(f"quantise rows, both layouts, {size}", lambda x=x: backends.quantise_rows_both(x), 4 * m * k)
         add(f"quantise blocks, both layouts, {size}", lambda w=w: backends.quantise_blocks_both(w), 4 * n * k)
-        add(f"RMSNorm + quantise, {size}", lambda x=x, k=k: kernels.rms_norm_quantise(x, torch.ones(k, device=device, dtype=BF16)), 4 * m * k)
-        add(f"SwiGLU + quantise, {size}", lambda x=x: kernels.swiglu_quantise(x), 3 * m * k)
-        da = torch.randn(m, k // 2, device=device, dtype=BF16)
-        add(f"SwiGLU backward + quantise, {size}", lambda x=x, da=da: kernels.swiglu_quantise_backward(x, da), 5 * m * k)
+        gamma, da = torch.ones(k, device=device, dtype=BF16), torch.randn(m, k // 2, device=device, dtype=BF16)
+        add(f"RMSNorm + quantise, {size}", lambda x=x, gamma=gamma: backends.rms_norm_quantise(x, gamma), 4 * m * k)
+        add(f"SwiGLU + quantise, {size}", lambda x=x: backends.swiglu_quantise(x), 3 * m * k)
+        add(f"SwiGLU backward + quantise, {size}", lambda x=x, da=da: backends.swiglu_quantise_backward(x, da), 5 * m * k)
         (rows, x_t), (_, dy_t), blocks = backends.quantise_rows_both(x), backends.quantise_rows_both(dy), backends.quantise_blocks(w)
-        flops = 2 * m * n * k
+        add(f"re-tiling, {size}", lambda rows=rows: backends.retile(rows), 2 * m * k)
+        flops, main = 2 * m * n * k, torch.zeros(n, k, device=device)
         matmuls: list[tuple[Any, ...]] = [
             ("matmul", (rows, blocks), BF16, m * k + n * k + 2 * m * n),
             ("wgrad", (dy_t, x_t), torch.float32, m * k + m * n + 4 * n * k),
         ]
         for operation, operands, dtype, moved in matmuls:
+            exact = getattr(reference, operation)(*operands, dtype=torch.float32)
             ways = backends.candidates(operation, m, n, k, device) or {"reference": getattr(reference, operation)}
             for way, run in ways.items():
-                add(f"{operation} {way}, {size}", lambda run=run, operands=operands, dtype=dtype: run(*operands, dtype=dtype), moved, flops)
+                name, call = f"{operation} {way}, {size}", functools.partial(run, *operands, dtype=dtype)
+                wrong = why_wrong(call, exact)
+                if wrong:
+                    table.append({"kernel": name, "out": wrong})
+                else:
+                    add(name, call, moved, flops)
+            del exact
+        add(f"wgrad added to FP32, {size}", lambda dy_t=dy_t, x_t=x_t, main=main: backends.wgrad(dy_t, x_t, main), m * k + m * n + 8 * n * k, flops)
+        add(f"BF16 matmul of torch, {size}", lambda x=x, w=w: x @ w.t(), 2 * (m * k + n * k + m * n), 2 * flops)  # half of FP8's peak
+    tokens, depth, vocabulary = logprob
+    hidden, head = torch.randn(tokens, depth, device=device, dtype=BF16), torch.randn(vocabulary, depth, device=device, dtype=BF16)
+    targets = torch.randint(0, vocabulary, (tokens,), device=device)
+    moved, flops = 2 * (tokens + vocabulary) * depth, 2 * tokens * depth * vocabulary
+    add(f"log-probs of {tokens} tokens, {depth} -> {vocabulary}", lambda: linear_logprobs(hidden, head, targets), moved, 2 * flops)
     return table
+
+
+def why_wrong(call: Callable[[], torch.Tensor], exact: torch.Tensor) -> str | None:
+    """Why a way of computing `exact` is not timed: it fails, or gives something else."""
+    try:
+        error = float((call().float() - exact).norm() / exact.norm())
+    except Exception as failure:  # a rung of another library may fail in any way, and the others are still of interest
+        return f"{type(failure).__name__}: {failure}".splitlines()[0][:200]
+    return None if error <= WORST_ERROR else f"wrong: relative error {error:.1e}"
 
 
 def time_adamw(device: torch.device, timer: Timer, shape: tuple[int, int], bandwidth: float) -> list[dict[str, Any]]:
@@ -181,13 +163,16 @@ def time_adamw(device: torch.device, timer: Timer, shape: tuple[int, int], bandw
     return table
 
 
-def measured(device: torch.device, timer: Timer, shapes: list[tuple[Any, ...]], experts: tuple[Any, ...], adamw: tuple[int, int], peak: float, copy: int = 2**30) -> dict[str, Any]:
+def measured(
+    device: torch.device, timer: Timer, shapes: list[tuple[Any, ...]], experts: tuple[Any, ...], logprob: tuple[int, int, int], adamw: tuple[int, int],
+    peak: float, copy: int = 2**30,
+) -> dict[str, Any]:  # fmt: skip
     source, target = torch.empty(2, copy, dtype=torch.uint8, device=device)
     bandwidth = 2 * copy / timer(lambda: target.copy_(source))
     return {
         "copy TB/s": bandwidth / 1e12,
         "layers": time_layers(device, timer, shapes, experts),
-        "kernels": time_kernels(device, timer, shapes, bandwidth, peak),
+        "kernels": time_kernels(device, timer, shapes, logprob, bandwidth, peak),
         "adamw": time_adamw(device, timer, adamw, bandwidth),
     }
 
@@ -196,13 +181,16 @@ def table_of(result: dict[str, Any]) -> str:
     """Markdown. Without a GPU every time says so."""
     lines = ["| layer | FP8 over BF16 | floor | goal | FP8 over naive FP8 | saved for backward, FP8 / BF16 |", "|---|---|---|---|---|---|"]
     if result["measured"] is None:
-        return "\n".join([*lines, *(f"| {k} -> {n}, {m} tokens | not measured | {floor or ''} | {goal or ''} | not measured | not measured |" for m, k, n, floor, goal in SHAPES)])
+        groups, tokens, k, n, floor, goal = EXPERTS
+        rows = [(f"{k} -> {n}, {m} tokens", floor, goal) for m, k, n, floor, goal in SHAPES] + [(f"{groups} experts, {k} -> {n}, {tokens} tokens", floor, goal)]
+        return "\n".join([*lines, *(f"| {name} | not measured | {floor or ''} | {goal or ''} | not measured | not measured |" for name, floor, goal in rows)])
     for row in result["measured"]["layers"]:
         naive = f"{row['fp8 over naive']:.2f}x" if "fp8 over naive" in row else ""
         share = row["saved bytes"]["fp8"] / row["saved bytes"]["bf16"]
         lines.append(f"| {row['shape']} | {row['fp8 over bf16']:.2f}x | {row['floor'] or ''} | {row['goal'] or ''} | {naive} | {share:.2f} |")
     lines += ["", "| kernel | ms | share of its floor |", "|---|---|---|"]
-    lines += [f"| {row['kernel']} | {row['seconds'] * 1e3:.3f} | {row['share of floor']:.0%} |" for row in result["measured"]["kernels"]]
+    for row in result["measured"]["kernels"]:
+        lines.append(f"| {row['kernel']} | {row['out']} | |" if "out" in row else f"| {row['kernel']} | {row['seconds'] * 1e3:.3f} | {row['share of floor']:.0%} |")
     lines += ["", "| optimizer | ms | share of copy bandwidth |", "|---|---|---|"]
     lines += [f"| {row['optimizer']} | {row['seconds'] * 1e3:.3f} | {row['share of bandwidth']:.0%} |" for row in result["measured"]["adamw"]]
     return "\n".join(lines)
@@ -232,7 +220,7 @@ def main() -> None:
         from megalign.kernels.tuning import cuda_seconds
 
         peak = next((flops for name, flops in PEAK_FP8.items() if name in torch.cuda.get_device_name()), 1979e12)
-        result["measured"] = measured(device, cuda_seconds, SHAPES, EXPERTS, ADAMW, peak)
+        result["measured"] = measured(device, cuda_seconds, SHAPES, EXPERTS, LOGPROB, ADAMW, peak)
     else:
         print("No CUDA device: results are checked on the CPU reference, nothing is timed.\n")
     arguments.output.parent.mkdir(parents=True, exist_ok=True)

@@ -58,6 +58,10 @@ def warnings(recipe: Recipe, world_size: int | None = None) -> list[str]:
             "parallel.overlap_param_gather=true without overlap_grad_reduce: all parameters are one bucket "
             "(megatron-core's distributed_data_parallel.py:67), and gathering it overlaps nothing"
         )
+    if recipe.kernels.fp8_backend != "auto":
+        found.append(
+            f"kernels.fp8_backend={recipe.kernels.fp8_backend}: no layer of a recipe computes in FP8 yet, so training is the same with every choice"
+        )
     if max(model.attention_dropout, model.hidden_dropout, recipe.lora.dropout) > 0:
         found.append("dropout > 0: results depend on the parallel layout, because its random numbers do")
     return found + _about_experts(recipe) + _about_mixture(recipe)

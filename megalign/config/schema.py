@@ -314,6 +314,14 @@ class AuditConfig(Section):
     probe: bool = Field(default=False, description="before the first step, compare gradients with differences of the loss, in FP64 on a copy of the model")
 
 
+class KernelsConfig(Section):
+    """Which implementation FP8 operations take; `megalign kernels` prints what a machine has and takes (kernels/README.md)."""
+
+    fp8_backend: Literal["auto", "reference", "triton", "scaled_mm", "gluon"] = Field(
+        default="auto", description="auto: the fastest of each shape, measured once; else this one, and the next below where it lacks an operation"
+    )
+
+
 class Recipe(Section):
     """One run."""
 
@@ -329,4 +337,5 @@ class Recipe(Section):
     kto: KTOConfig = KTOConfig()
     lora: LoraConfig = LoraConfig()
     audit: AuditConfig = AuditConfig()
+    kernels: KernelsConfig = KernelsConfig()
     logging: LoggingConfig = LoggingConfig()

@@ -20,6 +20,7 @@ from megalign.models.resolve import resolve_model
 from megalign.parallel.init import World
 from megalign.parallel.preempt import Preempted, StopSignals
 from megalign.report.build import build_report
+from megalign.trainer.backends import use_backends
 from megalign.trainer.checkpoints import Checkpoints
 from megalign.trainer.engine import Engine
 from megalign.trainer.finish import finish, generation_metrics
@@ -131,4 +132,5 @@ def open_session(
     """
     recipe = resolve_model(recipe)
     check(recipe, world.size)
+    use_backends(recipe)
     return Session(recipe, world, build, identity(recipe))

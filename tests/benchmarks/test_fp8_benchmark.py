@@ -30,7 +30,11 @@ def test_without_a_gpu_it_checks_and_measures_nothing(tmp_path: Path):
         assert result["measured"]["layers"]
         return
     assert result["measured"] is None and "not measured" in done.stdout
-    assert set(result["relative errors against float64"]) == {"forward against unquantised", "dgrad against unquantised", "wgrad against unquantised", "matmul against its own FP8 operands"}
+    names = set(result["relative errors against float64"])
+    for passes in ("forward", "dgrad", "wgrad"):
+        assert {f"{passes} against unquantised", f"experts' {passes} against unquantised"} <= names
+    assert {"matmul against its own FP8 operands", "SwiGLU backward in FP8", "log-probs", "entropy"} <= names
+    assert "8 experts, 7168 -> 4096, 32768 tokens | not measured" in done.stdout
 
 
 def test_all_timing_code_runs_with_a_false_clock():
@@ -42,14 +46,28 @@ def test_all_timing_code_runs_with_a_false_clock():
         return 1e-3
 
     result = run.versions(torch.device("cpu")) | {"seed": 0}
-    result["measured"] = run.measured(torch.device("cpu"), clock, [(256, 256, 128, 1.1, 1.3)], (2, 256, 128, 128, 1.1, 1.5), (128, 256), 1e12, copy=2**20)
+    result["measured"] = run.measured(torch.device("cpu"), clock, [(256, 256, 128, 1.1, 1.3)], (2, 256, 128, 128, 1.1, 1.5), (40, 64, 300), (128, 256), 1e12, copy=2**20)
     table = run.table_of(result)
     kernels = len(result["measured"]["kernels"])
-    assert kernels >= 7 and len(calls) == 1 + 3 + 2 + kernels + 4  # copy, three layers, two of experts, kernels, optimizers
+    assert kernels >= 11 and len(calls) == 1 + 3 + 2 + kernels + 4  # copy, three layers, two of experts, kernels, optimizers
+    assert not any("out" in row for row in result["measured"]["kernels"])
     assert "256 -> 128, 256 tokens | 1.00x" in table and "torch.optim.AdamW(fused=True)" in table
     layer = result["measured"]["layers"][0]
     assert layer["saved bytes"]["fp8"] == 256 * 256 + 256 * 256 // 128 * 4 and layer["saved bytes"]["bf16"] == 256 * 256 * 2
     json.dumps(result)
+
+
+def test_a_rung_that_fails_or_is_wrong_is_named_and_not_timed():
+    good = torch.randn(8, 8)
+
+    def fails() -> torch.Tensor:
+        raise RuntimeError("no kernel image\nfor this device")
+
+    assert run.why_wrong(lambda: good, good) is None
+    assert run.why_wrong(lambda: good * 1.02, good) == "wrong: relative error 2.0e-02" and run.why_wrong(lambda: good * torch.nan, good)
+    assert run.why_wrong(fails, good) == "RuntimeError: no kernel image"
+    row = {"kernel": "matmul gluon:0", "out": "wrong: relative error 2.0e-02"}
+    assert "| matmul gluon:0 | wrong: relative error 2.0e-02 | |" in run.table_of({"measured": {"layers": [], "kernels": [row], "adamw": []}})
 
 
 def test_a_wrong_kernel_is_never_timed(monkeypatch: pytest.MonkeyPatch):

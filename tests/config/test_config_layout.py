@@ -93,6 +93,7 @@ def test_a_usual_recipe_has_no_warnings():
         ({"data": {"sequence_length": 8192}}, "beyond model.max_position_embeddings=4096"),
         ({"model": {}}, "model.init_from=null: the weights are random, and optimizer.lr=2e-05 is a rate of fine-tuning"),
         ({"model": {"hidden_dropout": 0.1}, "optimizer": FROM_SCRATCH}, "depend on the parallel layout"),
+        ({"kernels": {"fp8_backend": "triton"}}, "kernels.fp8_backend=triton: no layer of a recipe computes in FP8 yet"),
         ({"parallel": {"overlap_param_gather": True}}, "all parameters are one bucket"),
         ({"model": {"num_moe_experts": 4}, "optimizer": FROM_SCRATCH}, "moe_aux_loss_coeff=0"),
         ({"model": {"num_moe_experts": 4, "moe_aux_loss_coeff": 0.01, "moe_expert_capacity_factor": 0.5}, "optimizer": FROM_SCRATCH}, "capacity_factor=0.5"),

@@ -49,7 +49,7 @@ def test_adamw_leaves_the_bits_of_the_torch_path_on_cpu(fp8: bool, moments: torc
     start = torch.randn(300, 200).to(BF16)
     states = []
     for device in ("cpu", "cuda"):
-        p = torch.nn.Parameter(start.to(device))
+        p = torch.nn.Parameter(start.to(device, copy=True))  # a step writes into it
         if fp8:
             Fp8Weight.of(p)
         optimizer = MixedPrecisionAdamW([("w", p)], lr=1e-2, first_moment=moments, second_moment=moments)
@@ -93,3 +93,37 @@ def test_fused_norm_and_swiglu_equal_their_reference():
     for name, inputs in (("rms_norm_quantise", (h, gamma)), ("swiglu_quantise", (h,)), ("swiglu_quantise_backward", (h, da))):
         for found, expected in zip(getattr(fused_triton, name)(*inputs)[:2], getattr(fused, name)(*inputs)[:2]):
             assert relative(dequantise(found), dequantise(expected).double()) < 2e-3
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+def test_gradients_add_up_in_main_grad(dtype: torch.dtype):
+    from megalign.kernels import backends
+    from megalign.kernels.linear import Fp8Linear
+    from megalign.kernels.reference import dequantise
+
+    layer = Fp8Linear(640, 384, bias=False, device="cuda", gradient_accumulation_fusion=True)
+    main = torch.zeros(384, 640, device="cuda", dtype=dtype)
+    layer.weight.main_grad = main  # pyright: ignore[reportAttributeAccessIssue]
+    exact = main.double()
+    for _ in range(3):
+        x, dy = torch.randn(512, 640, device="cuda", dtype=BF16), torch.randn(512, 384, device="cuda", dtype=BF16)
+        layer(x).backward(dy)
+        dy_t, x_t = (dequantise(backends.quantise_rows_both(t)[1], torch.float64) for t in (dy, x))
+        exact += dy_t @ x_t.t()
+    assert layer.weight.grad is None and relative(main, exact) < (1e-3 if dtype == torch.float32 else 5e-3)
+
+
+def test_the_fused_mlp_has_the_error_of_fp8():
+    from megalign.kernels.mlp import Fp8MLP
+
+    layer = Fp8MLP(512, 384, device="cuda")
+    x, dy = torch.randn(300, 512, device="cuda", dtype=BF16, requires_grad=True), torch.randn(300, 512, device="cuda", dtype=BF16)
+    y = layer(x)
+    y.backward(dy)
+    exact_x, gamma, w1, w2 = (t.detach().double().requires_grad_() for t in (x, layer.norm, layer.gate_up.weight, layer.down.weight))
+    gate, up = (torch.nn.functional.rms_norm(exact_x, (512,), gamma, layer.eps) @ w1.t()).chunk(2, -1)
+    exact = (torch.nn.functional.silu(gate) * up) @ w2.t()
+    exact.backward(dy.double())
+    for found, expected in ((y, exact), *((a.grad, b.grad) for a, b in zip((x, *layer.parameters()), (exact_x, gamma, w1, w2)))):
+        assert found is not None and expected is not None
+        assert 0.030 < relative(found, expected.detach()) < 0.090

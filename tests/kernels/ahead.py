@@ -37,6 +37,7 @@ class Case:
     """kernel: "module:function". arguments: Triton type of each argument that is no constexpr, in the kernel's order.
 
     divisible: arguments that are multiples of 16 (pointers: 16-byte aligned); None: all pointers and integers.
+    options: of the compiler, as the launch gives them.
     fp8_matmul: must use the FP8 tensor cores. narrow: may read or write global memory 1 or 2 bytes at a time.
     """
 
@@ -49,6 +50,7 @@ class Case:
     divisible: tuple[str, ...] | None = None
     fp8_matmul: bool = False
     narrow: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 def load_cases(table: str) -> list[Case]:
@@ -91,12 +93,12 @@ def widths(access: dict[str, int]) -> tuple[int, int]:
 
 
 def unlaunched(cases: list[Case], launches: list[Any]) -> list[str]:
-    """Cases that equal no recorded launch in kernel, constants, warps and stages: compiled ahead, but never run."""
+    """Cases that equal no recorded launch in kernel, constants, warps, stages and options: compiled ahead, but never run."""
     return [
         case.name
         for case in cases
         if not any(
-            (case.kernel, case.constants, case.warps) == (launch.kernel, launch.constants, launch.warps) and launch.stages in (None, case.stages)
+            (case.kernel, case.constants, case.warps, case.options) == (launch.kernel, launch.constants, launch.warps, launch.options) and launch.stages in (None, case.stages)
             for launch in launches
         )
     ]
@@ -126,7 +128,7 @@ def compile_case(case: Case) -> dict[str, Any]:
     if type(function).__name__ == "GluonJITFunction":
         from triton.experimental.gluon._runtime import GluonASTSource as source_type
     source = source_type(fn=function, signature=signature, constexprs=dict(case.constants), attrs=attributes)
-    options = {"num_warps": case.warps} | ({} if source_type is not ASTSource else {"num_stages": case.stages})
+    options = {"num_warps": case.warps, **case.options} | ({} if source_type is not ASTSource else {"num_stages": case.stages})
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     return {"source": source_of(function), "shared": compiled.metadata.shared, **machine_code(compiled.asm["cubin"])}
 

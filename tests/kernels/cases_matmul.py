@@ -7,47 +7,31 @@ from ahead import Case
 from megalign.kernels import matmul, wgrad
 
 
+def case(
+    module: str, name: str, grouped: bool, descriptors: dict[str, str], scales: tuple[str, ...], table: str, sizes: tuple[str, ...], constants: dict[str, int], warps: int, stages: int
+) -> Case:
+    """Scales and the table of groups start on 16 bytes; of the sizes, M, N and K are multiples of 16."""
+    arguments = {**descriptors, **dict.fromkeys(scales, "*fp32"), table: "*i32" if grouped else "*fp32", **dict.fromkeys(sizes, "i32")}
+    constants = {**constants, "GROUPED": grouped, "TILE": 128}
+    divisible = (*scales, table, "M", "N", "K")
+    return Case(f"{name}{' grouped' if grouped else ''}", f"megalign.kernels.{module}:{module}_kernel", arguments, constants, warps, stages, divisible, fp8_matmul=True)
+
+
 def matmul_case(config: matmul.MatmulConfig, dtype: str, grouped: bool) -> Case:
     m, n, splits, warps, stages = config
-    arguments = {
-        "x_desc": f"tensordesc<fp8e4nv[{m}, 128]>",
-        "w_desc": f"tensordesc<fp8e4nv[{n}, 128]>",
-        "y_desc": f"tensordesc<{dtype}[{m}, {n}]>",
-        "x_scale_ptr": "*fp32",
-        "w_scale_ptr": "*fp32",
-        "tile_group_ptr": "*i32" if grouped else "*fp32",
-        "M": "i32",
-        "N": "i32",
-        "K": "i32",
-        "programs": "i32",
-    }
-    constants = {"BLOCK_M": m, "BLOCK_N": n, "SPLITS": splits, "GROUPED": grouped, "GROUP_M": 8, "TILE": 128}
-    name = f"matmul {m}x{splits}x{n} {dtype}{' grouped' if grouped else ''}"
-    return Case(name, "megalign.kernels.matmul:matmul_kernel", arguments, constants, warps, stages, DIVISIBLE_MATMUL, fp8_matmul=True)
+    descriptors = {"x_desc": f"tensordesc<fp8e4nv[{m}, 128]>", "w_desc": f"tensordesc<fp8e4nv[{n}, 128]>", "y_desc": f"tensordesc<{dtype}[{m}, {n}]>"}
+    constants = {"BLOCK_M": m, "BLOCK_N": n, "SPLITS": splits, "GROUP_M": 8}
+    scales, sizes = ("x_scale_ptr", "w_scale_ptr"), ("M", "N", "K", "programs")
+    return case("matmul", f"matmul {m}x{splits}x{n} {dtype}", grouped, descriptors, scales, "tile_group_ptr", sizes, constants, warps, stages)
 
 
 def wgrad_case(config: wgrad.WgradConfig, dtype: str, accumulate: bool, grouped: bool) -> Case:
     n, k, warps, stages = config
-    arguments = {
-        "dy_desc": f"tensordesc<fp8e4nv[{n}, 128]>",
-        "x_desc": f"tensordesc<fp8e4nv[{k}, 128]>",
-        "grad_desc": f"tensordesc<{dtype}[1, {n}, {k}]>",
-        "dy_scale_ptr": "*fp32",
-        "x_scale_ptr": "*fp32",
-        "starts_ptr": "*i32" if grouped else "*fp32",
-        "M": "i32",
-        "N": "i32",
-        "K": "i32",
-        "groups": "i32",
-        "programs": "i32",
-    }
-    constants = {"BLOCK_N": n, "BLOCK_K": k, "ACCUMULATE": accumulate, "GROUPED": grouped, "GROUP_N": 8, "TILE": 128}
-    name = f"wgrad {n}x{k} {dtype}{' +=' if accumulate else ''}{' grouped' if grouped else ''}"
-    return Case(name, "megalign.kernels.wgrad:wgrad_kernel", arguments, constants, warps, stages, DIVISIBLE_WGRAD, fp8_matmul=True)
+    descriptors = {"dy_desc": f"tensordesc<fp8e4nv[{n}, 128]>", "x_desc": f"tensordesc<fp8e4nv[{k}, 128]>", "grad_desc": f"tensordesc<{dtype}[1, {n}, {k}]>"}
+    constants = {"BLOCK_N": n, "BLOCK_K": k, "ACCUMULATE": accumulate, "GROUP_N": 8}
+    scales, sizes = ("dy_scale_ptr", "x_scale_ptr"), ("M", "N", "K", "groups", "programs")
+    return case("wgrad", f"wgrad {n}x{k} {dtype}{' +=' if accumulate else ''}", grouped, descriptors, scales, "starts_ptr", sizes, constants, warps, stages)
 
-
-DIVISIBLE_MATMUL = ("x_scale_ptr", "w_scale_ptr", "tile_group_ptr", "M", "N", "K")
-DIVISIBLE_WGRAD = ("dy_scale_ptr", "x_scale_ptr", "starts_ptr", "M", "N", "K")
 
 CASES = [
     *(matmul_case(config, "bf16", False) for config in matmul.CONFIGS),

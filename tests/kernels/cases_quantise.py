@@ -21,12 +21,24 @@ RETILE = {"x_ptr": "*fp8e4nv", "x_scale_ptr": "*fp32", "column_ptr": "*fp8e4nv",
 
 CASES = [
     *(
-        Case(f"quantise_rows {kind} columns={columns}", f"{MODULE}:quantise_rows_kernel", {"x_ptr": f"*{kind}", **ROWS}, {"ROWS": True, "COLUMNS": columns, "TILE": 128}, WARPS)
-        for kind, columns in (("bf16", False), ("bf16", True), ("fp32", True))
+        Case(
+            f"quantise_rows {kind} columns={columns}{'' if power_of_two else ', fp32 scales'}",
+            f"{MODULE}:quantise_rows_kernel",
+            {"x_ptr": f"*{kind}", **ROWS},
+            {"ROWS": True, "COLUMNS": columns, "POWER_OF_TWO": power_of_two, "TILE": 128},
+            WARPS,
+        )
+        for kind, columns, power_of_two in (("bf16", False, True), ("bf16", True, True), ("fp32", True, True), ("bf16", True, False))
     ),
     *(
-        Case(f"quantise_blocks {kind}", f"{MODULE}:quantise_blocks_kernel", {"w_ptr": f"*{kind}", **BLOCKS}, {"TRANSPOSED": True, "TILE": 128}, WARPS)
-        for kind in ("bf16", "fp32")
+        Case(
+            f"quantise_blocks {kind}{'' if power_of_two else ', fp32 scales'}",
+            f"{MODULE}:quantise_blocks_kernel",
+            {"w_ptr": f"*{kind}", **BLOCKS},
+            {"TRANSPOSED": True, "POWER_OF_TWO": power_of_two, "TILE": 128},
+            WARPS,
+        )
+        for kind, power_of_two in (("bf16", True), ("fp32", True), ("bf16", False))
     ),
     Case("retile", f"{MODULE}:retile_kernel", RETILE, {"TILE": 128}, WARPS),
 ]

@@ -41,15 +41,14 @@ def assert_close(got: torch.Tensor, exact: torch.Tensor) -> None:
         assert error < EXACT and calc_diff(got, exact) < 1e-5
 
 
-def check_quantise(kernels: ModuleType, x: torch.Tensor) -> None:
+def check_quantise(kernels: ModuleType, x: torch.Tensor, power_of_two: bool = True) -> None:
     """Rows, columns, blocks, transposed blocks and re-tiling of x [M, K]: bytes and scales of the reference."""
-    for got, want in zip(kernels.quantise_rows_both(x), reference.quantise_rows_both(x)):
-        assert_equal(got, want)
-    assert_equal(kernels.quantise_rows(x), reference.quantise_rows(x))
-    for got, want in zip(kernels.quantise_blocks_both(x), reference.quantise_blocks_both(x)):
-        assert_equal(got, want)
-    assert_equal(kernels.quantise_blocks(x), reference.quantise_blocks(x))
-    rows = reference.quantise_rows(x)
+    for name in ("quantise_rows_both", "quantise_blocks_both"):
+        for got, want in zip(*(getattr(module, name)(x, power_of_two=power_of_two) for module in (kernels, reference))):
+            assert_equal(got, want)
+    for name in ("quantise_rows", "quantise_blocks"):
+        assert_equal(*(getattr(module, name)(x, power_of_two=power_of_two) for module in (kernels, reference)))
+    rows = reference.quantise_rows(x, power_of_two=power_of_two)
     assert_equal(kernels.retile(rows), reference.retile(rows))
 
 
@@ -60,16 +59,16 @@ def uneven(rows: int, columns: int) -> torch.Tensor:
     return torch.randn(rows, columns) * blocks * torch.exp2(torch.randint(-3, 4, (rows, 1)).float()) * torch.exp2(torch.randint(-3, 4, (1, columns)).float())
 
 
-def check_matmul(kernels: ModuleType, m: int, n: int, k: int, config, dtype: torch.dtype = torch.float32) -> None:
+def check_matmul(kernels: ModuleType, m: int, n: int, k: int, config, dtype: torch.dtype = torch.float32, power_of_two: bool = True) -> None:
     """Forward and dgrad shapes against float64 of the dequantised operands."""
-    x, w = reference.quantise_rows(uneven(m, k)), reference.quantise_blocks(uneven(n, k))
+    x, w = reference.quantise_rows(uneven(m, k), power_of_two=power_of_two), reference.quantise_blocks(uneven(n, k), power_of_two=power_of_two)
     exact = reference.dequantise(x, torch.float64) @ reference.dequantise(w, torch.float64).t()
     assert_close(kernels.matmul(x, w, dtype, config), exact)
 
 
-def check_wgrad(kernels: ModuleType, m: int, n: int, k: int, config, out: torch.Tensor | None = None) -> None:
+def check_wgrad(kernels: ModuleType, m: int, n: int, k: int, config, out: torch.Tensor | None = None, power_of_two: bool = True) -> None:
     """dW, or dW added to `out` [n, k] where it lies."""
-    dy, x = reference.quantise_rows(uneven(n, m)), reference.quantise_rows(uneven(k, m))
+    dy, x = (reference.quantise_rows(uneven(rows, m), power_of_two=power_of_two) for rows in (n, k))
     exact = reference.dequantise(dy, torch.float64) @ reference.dequantise(x, torch.float64).t()
     if out is not None:
         exact = out.double() + exact

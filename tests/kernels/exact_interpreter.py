@@ -81,6 +81,7 @@ class Launch:
     constants: dict[str, Any]  # its constexpr arguments
     warps: int | None
     stages: int | None
+    options: dict[str, Any]  # what else it tells the compiler
 
 
 @contextlib.contextmanager
@@ -93,7 +94,8 @@ def record_launches() -> Iterator[list[Launch]]:
         parameters = inspect.signature(self.fn).parameters
         given = dict(zip(parameters, args)) | kwargs
         constants = {name: given.get(name, p.default) for name, p in parameters.items() if "constexpr" in str(p.annotation)}
-        launches.append(Launch(name_of(self), source_of(self), constants, kwargs.get("num_warps"), kwargs.get("num_stages")))
+        options = {name: value for name, value in kwargs.items() if name not in (*parameters, "num_warps", "num_stages")}
+        launches.append(Launch(name_of(self), source_of(self), constants, kwargs.get("num_warps"), kwargs.get("num_stages"), options))
         return run(self, *args, grid=grid, warmup=warmup, **kwargs)
 
     interpreter.InterpretedFunction.run = recorded

@@ -251,6 +251,16 @@ def test_two_words_of_one_counter_are_uncorrelated():
     assert abs(float((a[1:] * a[:-1]).mean() / a.var())) < 4 / 256
 
 
+def test_a_placeholder_is_not_taken_for_a_gradient():
+    """A layer that adds to main_grad itself leaves an empty .grad for megatron's hooks, and says so."""
+    p, q = parameter(64), parameter(64)
+    p.main_grad, p.grad, p.grad_added_to_main_grad = torch.full((64,), 0.5), torch.full((64,), math.nan, dtype=BF16), True  # pyright: ignore[reportAttributeAccessIssue]
+    q.grad = torch.full((64,), 0.5, dtype=BF16)
+    for x in (p, q):
+        MixedPrecisionAdamW([x], lr=1e-2).step()
+    assert torch.equal(p, q)
+
+
 def test_main_gradients_are_used_where_there_is_no_other():
     p, q = parameter(64), parameter(64)
     p.main_grad, q.grad = torch.full((64,), 0.5), torch.full((64,), 0.5, dtype=BF16)  # pyright: ignore[reportAttributeAccessIssue]

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import ahead
 import pytest
 import torch
 from exact_interpreter import record_launches
 
 from megalign.kernels.adamw import MixedPrecisionAdamW
+from megalign.kernels.linear import Fp8Linear
 from megalign.kernels.rounding import Place
+from megalign.kernels.tiles import Fp8Error
 from megalign.kernels.weight import Fp8Weight
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -37,7 +40,8 @@ def both_paths(shape: tuple[int, ...], dtype: torch.dtype, *, fp8: bool, steps: 
             holder = Fp8Weight.of(p)
             version = holder.made_from
             for name, part in zip(("W", "W^T"), holder.current(p)):
-                runs[-1] |= {f"{name} bytes": part.data.view(torch.uint8), f"{name} scale": part.scale.view(torch.int32)}
+                bytes_ = part.data.view(torch.uint8).masked_fill(part.data.float().isnan(), 0x7F)  # the sign of a NaN is not specified
+                runs[-1] |= {f"{name} bytes": bytes_, f"{name} scale": part.scale.view(torch.int32)}
             assert holder.made_from == version, "the step left an old FP8 copy"
     return [name for name in runs[0] if not torch.equal(*(_bits(run[name]) for run in runs))]
 
@@ -88,3 +92,35 @@ def test_a_non_finite_gradient_marks_its_tile_alone(value: float):
     MixedPrecisionAdamW([p], backend="triton").step()
     forward, _ = holder.current(p)
     assert forward.scale.isnan().tolist() == [[False, False, False], [True, False, False]] and int(forward.non_finite_tiles()) == 1
+
+
+def test_a_step_between_forward_and_backward_is_noticed():
+    """A kernel writes behind torch's version counter, here over the W^T that backward would read."""
+    layer, x = Fp8Linear(128, 128, bias=False), torch.randn(16, 128, dtype=BF16)
+    optimizer = MixedPrecisionAdamW(layer.parameters(), backend="triton")
+    y, version = layer(x), layer.weight._version
+    layer.weight.grad = torch.randn_like(layer.weight)
+    optimizer.step()
+    assert layer.weight._version > version
+    with pytest.raises(Fp8Error, match="changed between its forward and its backward"):
+        y.sum().backward()
+    plain = torch.nn.Parameter(torch.randn(64, dtype=BF16))
+    plain.grad, version = torch.randn_like(plain), plain._version
+    MixedPrecisionAdamW([plain], backend="triton").step()
+    assert plain._version > version
+
+
+def test_what_is_compiled_ahead_is_what_was_launched():
+    """Also without fused multiply-adds: with them the bits of torch would not be those of the machine code that was looked at."""
+    with record_launches() as launches:
+        for moments in (BF16, FP32):
+            for fp8 in (False, True):
+                both_paths((8, 16), BF16, fp8=fp8, steps=1, first_moment=moments, second_moment=moments)
+    cases = ahead.load_cases("cases_adamw")
+    assert not ahead.unlaunched(cases, launches)
+    assert all(case.options == {"enable_fp_fusion": False} for case in cases)
+
+
+def test_a_flat_slice_has_no_tiles():
+    with pytest.raises(ValueError, match="its columns must be 60 and its start 0"):
+        both_paths((40, 60), BF16, fp8=True, place=Place(60, 30, 120))

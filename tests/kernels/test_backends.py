@@ -14,9 +14,12 @@ import pytest
 import torch
 from exact_interpreter import record_launches
 
+from megalign.config.errors import ConfigError
+from megalign.config.schema import Recipe
 from megalign.kernels import backends, overview, reference, scaled_mm, tuning
 from megalign.kernels.groups import GroupLayout
 from megalign.kernels.tiles import Fp8Error
+from megalign.trainer.backends import use_backends
 
 CPU = torch.device("cpu")
 
@@ -132,6 +135,17 @@ def test_small_layers_stay_bf16_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
     assert backends.precision(2048, 1024, 1024, hopper) == "fp8"
 
 
+def test_a_layer_that_does_not_pay_stays_as_it_is(monkeypatch: pytest.MonkeyPatch):
+    from megalign.kernels.linear import Fp8Linear
+
+    layer = torch.nn.Linear(1024, 1024, dtype=torch.bfloat16)
+    assert type(Fp8Linear.where_it_pays(layer, 2048)) is Fp8Linear  # a CPU has FP8's numbers, not its speed
+    hopper = Hopper(monkeypatch).device
+    monkeypatch.setattr(backends, "precision", lambda m, n, k, _, exact=backends.precision: exact(m, n, k, hopper))
+    assert Fp8Linear.where_it_pays(layer, 2048) is layer
+    assert type(Fp8Linear.where_it_pays(layer, 8192)) is Fp8Linear
+
+
 def test_scaled_mm_says_what_it_cannot_take():
     assert scaled_mm.why_not("matmul", 8192, 4096, 4096) is None and scaled_mm.why_not("wgrad", 8192, 4096, 7168) is None
     for shape in ((8190, 4096, 4096), (8192, 4090, 4096), (8192, 4096, 640)):
@@ -153,7 +167,7 @@ def test_scaled_mm_hands_over_scales_as_torch_tells_recipes_by(monkeypatch: pyte
         return ((a.float() * sa) @ (b.t().float() * sb).t()).to(given["out_dtype"])
 
     monkeypatch.setattr(torch, "_scaled_mm", scaled)
-    m, n, k = 128, 272, 512
+    m, n, k = 256, 272, 512
     x, w = reference.quantise_rows(torch.randn(m, k)), reference.quantise_blocks(torch.randn(n, k))
     torch.testing.assert_close(scaled_mm.matmul(x, w, torch.float32), reference.matmul(x, w, torch.float32), rtol=1e-4, atol=1e-3)
     call = seen[-1]
@@ -163,7 +177,9 @@ def test_scaled_mm_hands_over_scales_as_torch_tells_recipes_by(monkeypatch: pyte
     dy_t, x_t = reference.quantise_rows(torch.randn(64, m)), reference.quantise_rows(torch.randn(48, m))
     main = torch.ones(64, 48)
     torch.testing.assert_close(scaled_mm.wgrad(dy_t, x_t, main), reference.wgrad(dy_t, x_t) + 1, rtol=1e-4, atol=1e-3)
-    assert seen[-1]["scale_b"].t().shape == (48, 1) and seen[-1]["scale_b"].t().stride()[0] == 1
+    assert seen[-1]["scale_b"].t().shape == (48, 2) and seen[-1]["scale_b"].t().stride() == (1, 48)
+    with pytest.raises(Fp8Error, match="M = 100 above 128: one scale a row is another recipe to torch"):
+        scaled_mm.wgrad(reference.quantise_rows(torch.randn(64, 100)), reference.quantise_rows(torch.randn(48, 100)))
 
 
 # --- the tuner --------------------------------------------------------------------------------------------------------
@@ -229,6 +245,27 @@ def test_a_measured_shape_is_remembered(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert backends.choose("grouped_matmul", 8192, 4096, 7168, hopper) == backends.Choice("triton", 0, "default")
 
 
+def test_tuning_draws_no_number_of_the_run():
+    """A shape measured in the first run and remembered in the second: both see the same dropout, the same samples."""
+    before = torch.get_rng_state()
+    operands = [backends._operands("wgrad", 64, 72, 80, CPU)[0] for _ in range(2)]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not torch.equal(*(t.data.view(torch.uint8) for t in operands))  # fresh ones all the same
+
+
+def test_a_device_without_room_for_tuning_takes_the_default(monkeypatch: pytest.MonkeyPatch):
+    hopper = Hopper(monkeypatch).device
+    sizes = []
+
+    def full(operation: str, m: int, *rest: Any) -> tuning.Row:
+        sizes.append(m)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(backends, "tune", full)
+    assert backends.choose("matmul", 3_000_000, 4096, 7168, hopper) == backends.Choice("triton", 0, "default")
+    assert sizes == [65536] and not backends._rows[hopper.type, hopper.index]  # and it is tried again
+
+
 def test_no_candidate_is_right(monkeypatch: pytest.MonkeyPatch):
     hopper = Hopper(monkeypatch).device
     monkeypatch.setattr(backends, "tune", lambda *a: tuning.Row("reference", {}, {"triton:0": "wrong"}))
@@ -260,6 +297,29 @@ def test_rows_are_added_to_a_table(tmp_path: Path):
     assert [file.name for file in path.parent.iterdir()] == ["table.json"]
 
 
+# --- the recipe -------------------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_forces_a_backend():
+    with record_launches() as launches:
+        use_backends(Recipe.model_validate({"kernels": {"fp8_backend": "triton"}}))
+        backends.quantise_rows(torch.zeros(4, 4))
+        use_backends(Recipe())
+        backends.quantise_rows(torch.zeros(4, 4))
+    assert [launch.kernel.split(":")[1] for launch in launches] == ["quantise_rows_kernel"]
+
+
+def test_a_backend_that_the_machine_lacks_is_refused(monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(ConfigError, match="kernels.fp8_backend=gluon: this machine has no gluon backend: it needs CUDA, the device is cpu; set it to auto or reference or triton"):
+        use_backends(Recipe.model_validate({"kernels": {"fp8_backend": "gluon"}}))
+    monkeypatch.setenv("MEGALIGN_FP8_BACKEND", "scaled_mm")
+    with pytest.raises(ConfigError, match="MEGALIGN_FP8_BACKEND=scaled_mm: this machine has no scaled_mm backend"):
+        use_backends(Recipe())
+    use_backends(Recipe.model_validate({"kernels": {"fp8_backend": "reference"}}))  # the recipe wins
+    with pytest.raises(ValueError, match="'auto', 'reference', 'triton', 'scaled_mm' or 'gluon'"):
+        Recipe.model_validate({"kernels": {"fp8_backend": "cutlass"}})
+
+
 # --- megalign kernels -------------------------------------------------------------------------------------------------
 
 
@@ -274,7 +334,7 @@ def test_the_overview_names_machine_rungs_and_choices(monkeypatch: pytest.Monkey
     assert text.splitlines()[-1].split() == "512 x 512 x 512 bf16 scaled_mm scaled_mm triton:1 measured".split()
 
 
-def test_the_command():
+def test_the_command(tmp_path: Path):
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "TRITON_INTERPRET": "0"}
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -282,6 +342,8 @@ def test_the_command():
 
     shown = run("256x128x512")
     assert shown.returncode == 0 and "256 x 128 x 512" in shown.stdout and "reference   yes" in shown.stdout
+    (tmp_path / "forced.yaml").write_text("kernels: {fp8_backend: reference}\n")
+    assert "forced: reference" in run("--recipe", str(tmp_path / "forced.yaml"), "256x128x512").stdout
     for arguments, message in (("256x128",), "is not TOKENSxOUTxIN"), (("--backend", "cuda"), "'cuda' is unknown; it is auto or one of"):
         refused = run(*arguments)
         assert refused.returncode == 1 and message in refused.stderr and "Traceback" not in refused.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
+import ahead
 import pytest
 import torch
 from checks import relative
@@ -85,21 +86,60 @@ def test_a_non_finite_input_marks_its_tiles_alone():
     assert int(rows.non_finite_tiles()) == int(columns.non_finite_tiles()) == 1 and rows.scale[0, 5].isnan()
 
 
+@pytest.mark.parametrize("kernels", [fused, fused_triton], ids=["reference", "triton"])
+def test_a_row_whose_squares_overflow_is_marked(kernels: ModuleType):
+    """1 / rms would be 0 and the row, finite numbers, would silently become zeros."""
+    x = torch.randn(130, 300)
+    x[7] *= 1e25
+    rows, columns, inverse = kernels.rms_norm_quantise(x, torch.ones(300))
+    assert inverse.isnan().nonzero().flatten().tolist() == [7]
+    assert rows.scale.isnan().nonzero().tolist() == [[k, 7] for k in range(3)] and int(columns.non_finite_tiles()) == 300
+    assert not dequantise(rows)[8:].isnan().any()
+
+
+def test_what_is_compiled_ahead_is_what_was_launched():
+    h, da = inputs(4, 128, BF16)
+    with record_launches() as launches:
+        fused_triton.swiglu_quantise(h)
+        fused_triton.swiglu_quantise_backward(h, da)
+        fused_triton.rms_norm_quantise(h, torch.ones(256, dtype=BF16))
+    assert not ahead.unlaunched(ahead.load_cases("cases_fused"), launches)
+
+
+def test_views_and_no_tokens():
+    h, da = inputs(130, 512, BF16)
+    view, odd = h[:, 512:], da[:, ::2]
+    for found, expected in zip(
+        (*fused_triton.swiglu_quantise(view), *fused_triton.swiglu_quantise_backward(view, odd)), (*fused.swiglu_quantise(view), *fused.swiglu_quantise_backward(view, odd))
+    ):
+        agree(found, expected)
+    none = (*fused_triton.swiglu_quantise(h[:0]), *fused_triton.swiglu_quantise_backward(h[:0], da[:0]), *fused_triton.rms_norm_quantise(h[:0], torch.ones(1024))[:2])
+    assert all(0 in found.shape for found in none)
+
+
 def test_shapes_are_checked():
     with pytest.raises(Fp8Error, match=r"h is \(4, 200\); it must be \[M, 2F\] with F a multiple of 128"):
         fused_triton.swiglu_quantise(torch.zeros(4, 200))
-    with pytest.raises(Fp8Error, match=r"gamma \(3,\)"):
+    with pytest.raises(Fp8Error, match=r"gamma torch.float32 \(3,\)"):
         fused_triton.rms_norm_quantise(torch.zeros(4, 200), torch.zeros(3))
     with pytest.raises(Fp8Error, match=r"da is \(4, 3\)"):
         fused.swiglu_quantise_backward(torch.zeros(4, 256), torch.zeros(4, 3))
+    for kernels in (fused, fused_triton):
+        with pytest.raises(Fp8Error, match="cannot quantise torch.float64"):
+            kernels.swiglu_quantise(torch.zeros(4, 256, dtype=torch.float64))
+        with pytest.raises(Fp8Error, match="gamma torch.int64"):
+            kernels.rms_norm_quantise(torch.zeros(4, 200), torch.zeros(200, dtype=torch.long))
+        with pytest.raises(Fp8Error, match="on meta"):
+            kernels.swiglu_quantise_backward(torch.zeros(4, 256), torch.zeros(4, 128, device="meta"))
 
 
 BREAKS = [
     ("check_swiglu", "up half read as gate", "up = tl.load(own + F,", "up = tl.load(own,"),
     ("check_swiglu", "derivative of silu", "(1.0 + wide * (1.0 - s))", "(1.0 + wide * s)"),
     ("check_swiglu", "halves swapped", "of_up = tile_h >= tiles_f", "of_up = tile_h < tiles_f"),
-    ("check_swiglu", "columns not transposed", "tl.trans(q), mask=(k < K)", "q, mask=(k < K)"),
-    ("check_swiglu", "row scale index", "row_scale_ptr + tile_k.to(tl.int64) * M + m", "row_scale_ptr + tile_m.to(tl.int64) * M + m"),
+    ("check_swiglu", "tile of columns", "store_columns(x, inside, m, k, tile_m,", "store_columns(x, inside, m, k, tile_m * 0,"),
+    ("check_swiglu", "tile of rows", "store_rows(x, inside, m, k, tile_k,", "store_rows(x, inside, m, k, tile_k * 0,"),
+    ("check_swiglu", "dup stored as dgate", "inside, m, h, tile_m, tile_h", "inside, m, k, tile_m, tile_h"),
     ("check_swiglu", "last tile row dropped", "(ceil_tiles(m), ceil_tiles(f))", "(m // TILE, ceil_tiles(f))"),
     ("check_norm", "mean over one block", "tl.sum(total, 1) / K", "tl.sum(total, 1) / COLUMNS"),
     ("check_norm", "gamma forgotten", "inverse[:, None] * gamma[None, :]", "inverse[:, None]"),

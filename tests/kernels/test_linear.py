@@ -106,6 +106,16 @@ def test_only_the_transposed_fp8_activation_is_saved():
     assert saved_bytes(frozen, x) == []
 
 
+def test_evaluation_writes_no_transpose(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MEGALIGN_FP8_BACKEND", "triton")
+    layer, x = Fp8Linear(128, 128), torch.randn(16, 128, dtype=BF16)
+    layer(x)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad), record_launches() as launches:
+            layer(x)
+        assert [launch.constants["COLUMNS"] for launch in launches if launch.kernel.endswith(":quantise_rows_kernel")] == [grad]
+
+
 def test_a_weight_is_quantised_once_a_step(monkeypatch: pytest.MonkeyPatch):
     """Microbatches share it; the optimizer's own pass replaces it; any other in-place change is noticed."""
     calls = []
@@ -143,6 +153,63 @@ def test_gradients_accumulate_over_microbatches():
     torch.testing.assert_close(layer.weight.grad, parts[0] + parts[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_gradients_add_up_in_main_grad(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    """Four microbatches through the kernel that accumulates, against float64 of the same FP8 numbers; both bounds."""
+    monkeypatch.setenv("MEGALIGN_FP8_BACKEND", "triton")
+    torch.manual_seed(0)
+    layer: Any = Fp8Linear(200, 136, bias=False, gradient_accumulation_fusion=True)
+    plain: Any = copy.deepcopy(layer)
+    plain.gradient_accumulation_fusion = False
+    layer.weight.main_grad = torch.zeros(136, 200, dtype=dtype)
+    exact = torch.zeros(136, 200, dtype=torch.float64)
+    for _ in range(4):
+        x, dy = torch.randn(150, 200).to(BF16), torch.randn(150, 136).to(BF16)
+        plain(x).backward(dy)
+        with record_launches() as launches:
+            layer(x).backward(dy)
+        (ran,) = [launch for launch in launches if launch.kernel.endswith(":wgrad_kernel")]
+        assert ran.constants["ACCUMULATE"]
+        exact += dequantise(backends.quantise_rows_both(dy)[1], torch.float64) @ dequantise(backends.quantise_rows_both(x)[1], torch.float64).t()
+    assert layer.weight.grad is None
+    error = relative(layer.weight.main_grad, exact)
+    assert error < 1e-6 if dtype == torch.float32 else 1e-3 < error < 5e-3
+    assert 1e-3 < relative(plain.weight.grad, exact) < 5e-3  # what torch's accumulation in BF16 loses
+    optimizer = MixedPrecisionAdamW(layer.parameters(), lr=1e-2)
+    before = layer.weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(layer.weight, before)
+
+
+def test_hooks_of_megatron_get_a_placeholder_and_nothing_else():
+    layer: Any = Fp8Linear(128, 64, bias=False, gradient_accumulation_fusion=True)
+    x, dy = torch.randn(32, 128, dtype=BF16), torch.randn(32, 64, dtype=BF16)
+    with pytest.raises(Fp8Error, match=r"the weight \(64, 128\) has no main_grad; give it one"):
+        layer(x).backward(dy)
+    layer.weight.main_grad, layer.weight.grad_added_to_main_grad = torch.zeros(64, 128), False
+    layer(x).backward(dy)
+    assert layer.weight.grad_added_to_main_grad and layer.weight.grad.shape == (64, 128) and layer.weight.main_grad.any()
+    layer.weight.grad, layer.weight.zero_out_wgrad = None, True
+    layer(x).backward(dy)
+    assert not layer.weight.grad.any()  # pyright: ignore[reportAttributeAccessIssue]  narrowed to the None above
+    with pytest.raises(Fp8Error, match="main gradient here is contiguous float32 or bfloat16"):
+        layer.weight.main_grad = torch.zeros(64, 128, dtype=torch.float16)
+        layer(x).backward(dy)
+
+
+def test_experts_add_up_in_main_grad():
+    layer: Any = Fp8GroupedLinear(3, 128, 64, dtype=torch.float32, gradient_accumulation_fusion=True)
+    plain: Any = copy.deepcopy(layer)
+    plain.gradient_accumulation_fusion = False
+    layer.weight.main_grad = torch.ones(3, 64, 128)
+    for sizes in ([3, 0, 130], [0, 0, 133]):
+        x, dy = torch.randn(133, 128), torch.randn(133, 64)
+        for module in (layer, plain):
+            module(x, torch.tensor(sizes)).backward(dy)
+    torch.testing.assert_close(layer.weight.main_grad, plain.weight.grad + 1, rtol=1e-5, atol=1e-5)
+    assert layer.weight.main_grad[1].eq(1).all() and layer.weight.grad is None
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_recomputation_changes_nothing(reentrant: bool):
     layer, x = Fp8Linear(128, 128), torch.randn(64, 128, dtype=BF16)
@@ -160,10 +227,16 @@ def test_compiled_or_not():
     layer, x, dy = Fp8Linear(128, 128), torch.randn(64, 128, dtype=BF16), torch.randn(64, 128, dtype=BF16)
     model = torch.nn.Sequential(torch.nn.RMSNorm(128, dtype=BF16), layer)
     expected = model(x)
+    expected.backward(dy)
+    gradients = [p.grad for p in model.parameters()]
+    model.zero_grad()
     found = torch.compile(model, backend="aot_eager")(x)
     assert torch.equal(found, expected)
     found.backward(dy)
-    assert layer.weight.grad is not None
+    for p, gradient in zip(model.parameters(), gradients):
+        assert p.grad is not None and gradient is not None
+        torch.testing.assert_close(p.grad, gradient, rtol=1e-2, atol=0)  # the norm's own backward is compiled
+    assert torch.equal(layer.weight.grad, gradients[1])  # pyright: ignore[reportArgumentType]
 
 
 def test_copies_and_state_dict():
@@ -196,8 +269,44 @@ def test_what_cannot_be_done_says_so():
     with pytest.raises(Fp8Error, match="changed between its forward and its backward"):
         y.sum().backward()
     grouped = Fp8GroupedLinear(2, 128, 64)
+    with pytest.raises(Fp8Error, match=r"sizes \[5, -1\] sum to 4, but there are 4 tokens; give each group 0 or more"):
+        grouped(torch.randn(4, 128, dtype=BF16), torch.tensor([5, -1]))
     with pytest.raises(Fp8Error, match="one size for each of 2 experts"):
         grouped(torch.randn(4, 128, dtype=BF16), torch.tensor([1, 2, 1]))
+
+
+def test_weights_made_in_inference_mode_are_never_old():
+    """They count no changes, so every call quantises."""
+    with torch.inference_mode():
+        layer, x = Fp8Linear(128, 64, bias=False), torch.randn(16, 128, dtype=BF16)
+        assert layer(x).any()
+        layer.weight.zero_()
+        assert not layer(x).any()
+
+
+def test_odd_inputs():
+    """Views, leading axes, one token, and an upstream without memory of its own."""
+    layer = Fp8Linear(128, 64)
+    wide = torch.randn(6, 5, 256, dtype=BF16)
+    view = wide.transpose(0, 1)[..., 64:192]
+    assert torch.equal(layer(view), layer(view.contiguous())) and torch.equal(layer(view[0, 0]), layer(view[:1, :1])[0, 0])
+    first, second = (view.detach().clone().requires_grad_() for _ in range(2))
+    layer(first).sum().backward()  # its upstream has strides of 0
+    layer(second).backward(torch.ones(5, 6, 64, dtype=BF16))
+    assert torch.equal(first.grad, second.grad)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_model_is_saved_and_loaded_whole(tmp_path):
+    """pickle takes attributes of parameters along: the FP8 copy stays behind and is made again from the weight that is there."""
+    layer, x = Fp8Linear(128, 64), torch.randn(16, 128, dtype=BF16)
+    expected = layer(x)
+    torch.save(layer, tmp_path / "layer.pt")
+    loaded = torch.load(tmp_path / "layer.pt", weights_only=False)
+    assert Fp8Weight.of(loaded.weight).pair is None and (tmp_path / "layer.pt").stat().st_size < 1.5 * layer.weight.nbytes
+    assert torch.equal(loaded(x), expected)
+    with torch.no_grad():
+        loaded.weight.zero_()
+    assert not loaded(x).sub(loaded.bias).any()
 
 
 def test_no_tokens():

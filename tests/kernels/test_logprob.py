@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -97,6 +98,15 @@ def test_a_frozen_weight_gets_no_gradient():
     hidden, weight, targets = inputs()
     linear_logprobs(hidden.requires_grad_(), weight, targets).logprobs.sum().backward()
     assert weight.grad is None and hidden.grad is not None
+
+
+def test_cuda_takes_the_kernels_and_fp64_the_formulas():
+    """parallel/vocab.py and everything above it get the kernels on CUDA; the gradient probe is FP64, which they would cut to FP32."""
+    from megalign.kernels import logprob_triton
+
+    for cuda, dtype, expected in ((True, torch.bfloat16, logprob_triton), (True, torch.float64, logprob._Torch), (False, torch.bfloat16, logprob._Torch)):
+        hidden: Any = SimpleNamespace(is_cuda=cuda, dtype=dtype)
+        assert logprob._backend(hidden) is expected
 
 
 def test_shapes_are_checked():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import ahead
 import pytest
 import torch
 from exact_interpreter import record_launches
@@ -47,6 +48,14 @@ def test_kernels_against_float64(dtype: torch.dtype, entropy: bool, splits: int,
     for found, of in zip(grads, expected_grads):
         assert found.dtype == dtype
         torch.testing.assert_close(found.double(), of, rtol=0, atol=bound * float(of.abs().max()))
+
+
+def test_what_is_compiled_ahead_is_what_was_launched():
+    hidden, weight, targets = inputs(torch.bfloat16, n=5)
+    with record_launches() as launches:
+        for entropy in (False, True):
+            gradients(lambda h, w, t, entropy=entropy: triton_logprobs(h, w, t, entropy=entropy), hidden, weight, targets, [torch.ones(5)] * (1 + entropy))
+    assert not ahead.unlaunched(ahead.load_cases("cases_logprob"), launches)
 
 
 def test_kernels_with_an_empty_shard_or_no_tokens():

@@ -7,14 +7,14 @@ import math
 import ahead
 import pytest
 import torch
-from checks import calc_diff, check_grouped, check_matmul, check_promotion, check_wgrad, relative
+from checks import calc_diff, check_grouped, check_matmul, check_promotion, check_wgrad, relative, uneven
 from exact_interpreter import record_launches
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalign.kernels import matmul, quantise, reference, wgrad
 from megalign.kernels.groups import GroupLayout
-from megalign.kernels.tiles import Fp8Error
+from megalign.kernels.tiles import Fp8Error, Fp8Tensor
 
 # K / 128 of 1, 2, 3 and 5; N that ends inside a cut, a block, a row of 16 bytes
 SHAPES = [(128, 192, 128), (130, 200, 256), (1, 16, 384), (64, 330, 640), (100, 77, 200)]
@@ -37,6 +37,23 @@ def test_matmul_rounds_once_to_bf16():
 @pytest.mark.parametrize("config", matmul.CONFIGS, ids=str)
 def test_steps_are_promoted_with_their_own_scales(config: matmul.MatmulConfig):
     check_promotion(matmul, config)
+
+
+def test_fp32_scales_are_as_good():
+    """F3's other scales, amax / 448: the matmuls take any FP32 number for a scale."""
+    check_matmul(matmul, 130, 200, 384, matmul.CONFIGS[0], power_of_two=False)
+    check_wgrad(wgrad, 300, 136, 200, wgrad.CONFIGS[0], torch.randn(136, 200), power_of_two=False)
+
+
+def test_a_view_is_multiplied_as_what_it_is():
+    """Kernels count on operands without strides; a cut of a larger Fp8Tensor has them."""
+    rows, blocks = reference.quantise_rows(uneven(200, 384)), reference.quantise_blocks(uneven(300, 384))
+    x = Fp8Tensor(rows.data[3:, :256], rows.scale[:2, 3:], 256, "rows")
+    w = Fp8Tensor(blocks.data[:, :256], blocks.scale[:, :2], 256, "blocks")
+    other = Fp8Tensor(rows.data[:77, :256], rows.scale[:2, :77], 256, "rows")
+    assert not any(t.data.is_contiguous() or t.scale.is_contiguous() for t in (x, w, other))
+    assert relative(matmul.matmul(x, w, torch.float32), reference.matmul(x, w, torch.float32)) < 1e-6
+    assert relative(wgrad.wgrad(x, other), reference.wgrad(x, other)) < 1e-6
 
 
 @settings(max_examples=12, deadline=None)

@@ -18,8 +18,11 @@ ONE, TWO, THREE = matmul.CONFIGS[2], matmul.CONFIGS[1], matmul.CONFIGS[0]
 
 
 def quantised(module: ModuleType) -> None:
-    for x in quantise_inputs():
+    inputs = quantise_inputs()
+    for x in inputs:
         check_quantise(module, x)
+    for x in (inputs[0], *inputs[3:]):
+        check_quantise(module, x, power_of_two=False)
 
 
 def multiplied(module: ModuleType) -> None:
@@ -61,18 +64,18 @@ QUANTISE = [
     ("non-finite tiles are not marked", "finite = bits < 0x7F800000", "finite = bits < 0x7FFFFFFF"),
     ("sign is part of the magnitude", "& 0x7FFFFFFF", "& 0xFFFFFFFF"),
     ("smallest scale unclamped", "tl.minimum(tl.maximum(e, 1), 253)", "tl.minimum(e, 253)"),
-    ("rows take the column maximum", "tile_scale(tl.max(bits, 1))", "tile_scale(tl.max(bits, 0))"),
-    ("columns take the row maximum", "tile_scale(tl.max(bits, 0))", "tile_scale(tl.max(bits, 1))"),
-    ("row scale index", "row_scale_ptr + tile_k.to(tl.int64) * M + m", "row_scale_ptr + tile_m.to(tl.int64) * M + m"),
-    ("column scale index", "column_scale_ptr + tile_m.to(tl.int64) * K + k, scale, mask=k < K)\n\n\n@triton.jit\ndef quantise_blocks", "column_scale_ptr + tile_k.to(tl.int64) * K + k, scale, mask=k < K)\n\n\n@triton.jit\ndef quantise_blocks"),
-    ("columns not transposed", "tl.cdiv(M, TILE) * TILE\n        tl.store(column_ptr + k.to(tl.int64)[:, None] * stride + m[None, :], tl.trans(q)", "tl.cdiv(M, TILE) * TILE\n        tl.store(column_ptr + k.to(tl.int64)[:, None] * stride + m[None, :], q"),
-    ("blocks not transposed", "(tiles_n * TILE) + n[None, :], tl.trans(q)", "(tiles_n * TILE) + n[None, :], q"),
+    ("rows take the column maximum", "tile_scale(tl.max(magnitude_bits(x), 1)", "tile_scale(tl.max(magnitude_bits(x), 0)"),
+    ("columns take the row maximum", "tile_scale(tl.max(magnitude_bits(x), 0)", "tile_scale(tl.max(magnitude_bits(x), 1)"),
+    ("row scale index", "row_scale_ptr + tile_k.to(tl.int64) * M + m", "row_scale_ptr + m"),
+    ("column scale index", "column_scale_ptr + tile_m.to(tl.int64) * K + k", "column_scale_ptr + k"),
+    ("columns not transposed", "m[None, :], tl.trans(q)", "m[None, :], q"),
+    ("blocks not transposed", "n[None, :], tl.trans(q)", "n[None, :], q"),
     ("transposed block scale index", "(g * tiles_k + tile_k) * tiles_n + tile_n", "(g * tiles_n + tile_n) * tiles_k + tile_k"),
-    ("rows: padding of a marked tile not cleared", "q = tl.where(inside, x * factor[:, None], 0.0)", "q = (x * factor[:, None])"),
-    ("columns: padding of a marked tile not cleared", "q = tl.where(inside, x * factor[None, :], 0.0)", "q = (x * factor[None, :])"),
-    ("blocks: padding of a marked tile not cleared", "q = tl.where(inside, w * factor, 0.0)", "q = (w * factor)"),
-    ("retiled with the scale of its column", "q.to(tl.float32) * old[:, None]", "q.to(tl.float32) * old[None, :]"),
-    ("retiled: padding of a marked tile not cleared", "tl.where((m < M)[:, None], x * factor[None, :], 0.0)", "(x * factor[None, :])"),
+    ("padding of a marked tile not cleared", "tl.where(inside, scaled, 0.0)", "scaled"),
+    ("retiled with the scale of its column", "q.to(tl.float32) * scale[:, None]", "q.to(tl.float32) * scale[None, :]"),
+    ("FP32 scales over 464", "bitcast=True), 448.0)", "bitcast=True), 464.0)"),
+    ("FP32 scales: a marked tile keeps an infinity", 'tl.where(finite, scale, float("nan"))', "scale"),
+    ("FP32 scales: smallest scale unclamped", ", 1.1754943508222875e-38)", ", 0.0)"),
     ("last tile row dropped", "grid = (ceil_tiles(m), ceil_tiles(k))\n        outputs", "grid = (max(m // TILE, 1), ceil_tiles(k))\n        outputs"),
 ]
 MATMUL = [

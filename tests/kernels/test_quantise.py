@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalign.kernels import quantise, reference
-from megalign.kernels.tiles import Fp8Error
+from megalign.kernels.tiles import Fp8Error, Fp8Tensor
 
 SHAPES = [(128, 128), (1, 1), (130, 200), (257, 64), (64, 384)]
 
 
-def check_all(x: torch.Tensor) -> None:
-    check_quantise(quantise, x)
+def check_all(x: torch.Tensor, power_of_two: bool = True) -> None:
+    check_quantise(quantise, x, power_of_two)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -45,9 +45,10 @@ CONTENTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
+@pytest.mark.parametrize("power_of_two", [True, False])
 @pytest.mark.parametrize("name", CONTENTS)
-def test_contents(name: str):
-    check_all(CONTENTS[name](torch.randn(130, 200)).clamp(-3e38, 3e38))
+def test_contents(name: str, power_of_two: bool):
+    check_all(CONTENTS[name](torch.randn(130, 200)).clamp(-3e38, 3e38), power_of_two)
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
@@ -55,6 +56,7 @@ def test_non_finite_numbers_mark_their_tile(bad: float):
     x = torch.randn(130, 200)
     x[5, 150] = bad
     check_all(x)
+    check_all(x, power_of_two=False)
     rows, columns = quantise.quantise_rows_both(x)
     assert rows.non_finite_tiles() == columns.non_finite_tiles() == 1
     assert reference.dequantise(rows)[5, 128:].isnan().all() and reference.dequantise(rows).isnan().sum() == 72
@@ -86,9 +88,16 @@ def test_nothing_to_quantise():
 
 def test_what_is_compiled_ahead_is_what_was_launched():
     with record_launches() as launches:
-        for dtype in (torch.float32, torch.bfloat16):
-            check_all(torch.randn(16, 16, dtype=dtype))
+        for dtype, power_of_two in ((torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)):
+            check_all(torch.randn(16, 16, dtype=dtype), power_of_two)
     assert not ahead.unlaunched(ahead.load_cases("cases_quantise"), launches)
+
+
+def test_a_view_is_retiled_as_what_it_is():
+    rows = reference.quantise_rows(torch.randn(130, 384))
+    part = Fp8Tensor(rows.data[3:, :256], rows.scale[:2, 3:], 250, "rows")
+    assert not part.data.is_contiguous() and not part.scale.is_contiguous()
+    assert_equal(quantise.retile(part), reference.retile(part))
 
 
 def test_refusals():

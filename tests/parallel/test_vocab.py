@@ -16,14 +16,21 @@ def _inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.randn(N, D) * 4, torch.randn(V, D), torch.randint(0, REAL, (N,)), torch.randn(N)
 
 
-def check_logprobs(recompute: bool) -> dict[str, Any]:
-    """This rank's result and gradients; with chunks that do not divide N."""
+def check_logprobs(recompute: bool, kernels: bool = False) -> dict[str, Any]:
+    """This rank's result and gradients; with chunks that do not divide N. kernels: those that CUDA takes, interpreted."""
     import torch.distributed as dist
 
     from megalign.kernels import logprob
     from megalign.parallel import vocab
     from megalign.parallel.grid import create_grid
 
+    launched: list[str] = []
+    if kernels:
+        from megalign.kernels import logprob_triton
+
+        launch = logprob_triton.launch
+        logprob_triton.launch = lambda kernel, *given, **options: (launched.append(kernel.fn.__name__), launch(kernel, *given, **options))[1]
+        logprob._backend = lambda hidden: logprob_triton
     logprob.CHUNK_ROWS, logprob.KEEP_BELOW = 10, 0 if recompute else 2**26
     grid = create_grid(tensor_model_parallel_size=dist.get_world_size())
     hidden, weight, targets, upstream = _inputs()
@@ -36,18 +43,20 @@ def check_logprobs(recompute: bool) -> dict[str, Any]:
         outputs = score(hidden, mine, targets, grid.tensor.group, REAL)
         torch.autograd.backward(outputs[: len(upstreams)], upstreams)
         results[name] = {"outputs": [output.detach() for output in outputs], "hidden": hidden.grad, "weight": mine.grad}
+    assert launched == (["statistics_kernel", "logit_gradients_kernel"] * 2 if kernels else [])
     return results
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-@pytest.mark.parametrize("recompute", [False, True])
-def test_logprobs_and_gradients_are_those_of_log_softmax(world: int, recompute: bool):
+@pytest.mark.parametrize("world, recompute, kernels", [(w, r, False) for w in (1, 2, 4) for r in (False, True)] + [(2, False, True)])
+def test_logprobs_and_gradients_are_those_of_log_softmax(world: int, recompute: bool, kernels: bool):
+    if kernels:
+        pytest.importorskip("triton")
     hidden, weight, targets, upstream = _inputs()
     hidden, weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
     logits = (hidden @ weight.t())[:, :REAL]
     log_p = logits.log_softmax(-1)
     expected = {"logprobs": log_p.gather(-1, targets[:, None]).squeeze(-1), "entropy": -(log_p.exp() * log_p).sum(-1)}
-    ranks = run_ranks(check_logprobs, world, recompute)
+    ranks = run_ranks(check_logprobs, world, recompute, kernels)
     for name, upstreams in (("logprobs", (upstream,)), ("entropy", (upstream, upstream.flip(0)))):
         hidden.grad = weight.grad = None
         torch.autograd.backward([expected["logprobs"], expected["entropy"]][: len(upstreams)], [u.double() for u in upstreams], retain_graph=True)
