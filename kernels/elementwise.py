@@ -90,7 +90,7 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _turned(grad, *ctx.saved_tensors, -1), None, None
+        return _turned(grad, *ctx.saved_tensors, -1), None, None  # pyright: ignore[reportCallIssue]  cos and sin
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
