@@ -91,6 +91,18 @@ def kto(recipe: RecipeArgument, overrides: Overrides = None, dry_run: DryRun = F
     _train("kto", recipe, overrides or [], dry_run)
 
 
+@app.command("best-of-n")
+def best_of_n(recipe: RecipeArgument, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Draw n answers to each prompt, imitate the best, and again (best_of_n.scorer)."""
+    _train("best-of-n", recipe, overrides or [], dry_run)
+
+
+@app.command()
+def rso(recipe: RecipeArgument, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Make pairs for dpo from a model's answers by statistical rejection sampling (rso.scorer)."""
+    _train("rso", recipe, overrides or [], dry_run)
+
+
 @app.command()
 def validate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Check a recipe and its layout; print it with every default filled in."""
@@ -415,6 +427,10 @@ def _start(command: str, recipe: Recipe) -> None:
             from megalign.dpo import dpo as run
         elif command == "kto":
             from megalign.kto import kto as run
+        elif command == "best-of-n":
+            from megalign.best_of_n import best_of_n as run
+        elif command == "rso":
+            from megalign.rso import rso as run
         else:
             from megalign.sft import sft as run
         gc.freeze()  # what was imported stays: the collector need not look through it again

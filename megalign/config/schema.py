@@ -306,6 +306,38 @@ class LoraConfig(Section):
         return data
 
 
+class SamplingConfig(Section):
+    """Answers drawn from a model."""
+
+    n: int = Field(default=1, ge=1, description="answers to each prompt")
+    prompts: int | None = Field(default=None, ge=1, description="prompts used: the first so many of data.train; null: all")
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    max_new_tokens: int = Field(default=128, ge=1, description="an answer that is longer is never chosen")
+
+
+class ScoredConfig(SamplingConfig):
+    """And what judges them."""
+
+    n: int = Field(default=16, ge=2, description="answers to each prompt")
+    scorer: str = Field(default="exact_match", description="exact_match, words_in_place, or module:function with (row, answer) -> number, the larger the better")
+
+
+class BestOfNConfig(ScoredConfig):
+    """`megalign best-of-n`: draw, keep the best, imitate it, and again."""
+
+    rounds: int = Field(default=1, ge=1)
+    min_score: float | None = Field(default=None, description="the best answer to a prompt is not imitated where its score is below; null: always")
+
+
+class RSOConfig(ScoredConfig):
+    """`megalign rso`: pairs for `megalign dpo` from statistical rejection sampling."""
+
+    n: int = Field(default=64, ge=2, description="answers to each prompt")
+    beta: float = Field(default=0.5, gt=0, description="accepted answers are distributed as pi(y) exp(score / beta)")
+    accepted: int = Field(default=8, ge=2, description="accepted answers of a prompt that are used, two by two")
+
+
 class AuditConfig(Section):
     """Whether all copies of a parameter are, and stay, equal (docs/replicated-gradients.md)."""
 
@@ -336,6 +368,8 @@ class Recipe(Section):
     dpo: DPOConfig = DPOConfig()
     kto: KTOConfig = KTOConfig()
     lora: LoraConfig = LoraConfig()
+    best_of_n: BestOfNConfig = BestOfNConfig()
+    rso: RSOConfig = RSOConfig()
     audit: AuditConfig = AuditConfig()
     kernels: KernelsConfig = KernelsConfig()
     logging: LoggingConfig = LoggingConfig()

@@ -32,7 +32,7 @@ SMALL_CHARTS: tuple[tuple[str, str, Callable[[float], str], bool], ...] = (
 
 def build_charts(run: RunRecord) -> list[Chart]:
     """The charts that this run has numbers for, the loss first."""
-    charts = [_loss_chart(run), _rewards_chart(run)]
+    charts = [_loss_chart(run), _rewards_chart(run), _scores_chart(run)]
     clip = run.section("optimizer").get("clip_grad")
     for key, title, spell, from_zero in SMALL_CHARTS:
         if key == "dropped_tokens" and not any(row.get(key) for row in run.train):
@@ -99,6 +99,12 @@ def _rewards_chart(run: RunRecord) -> Chart | None:
     """Implicit rewards of preference optimisation: a chosen curve that falls is the thing to look for."""
     names = (("rewards/margins", "margin", 1), ("rewards/chosen", "chosen", 2), ("rewards/rejected", "rejected", 3))
     return line_chart("Rewards", [_thinned(run.train, key, name, colour) for key, name, colour in names])
+
+
+def _scores_chart(run: RunRecord) -> Chart | None:
+    """Of best-of-n, by rounds."""
+    names = (("score/mean", "all answers", 1), ("score/best_of_n", "best of n", 2), ("score/held_out", "held-out prompts, greedy", 3))
+    return line_chart("Score of the scorer, by rounds", [_thinned(run.train, key, name, colour) for key, name, colour in names])
 
 
 def _balance_chart(run: RunRecord) -> Chart | None:
