@@ -12,8 +12,8 @@ from best_of_n_checks import metrics, recipe, start
 from ranks import run_ranks
 
 N, TP2 = 8, {"tensor_model_parallel_size": 2, "sequence_parallel": True}
-ROUNDS = dict(n=N, prompts=32, max_new_tokens=32, scorer="words_in_place")
-VOWELS = f"{Path(best_of_n_checks.__file__).resolve()}:vowels"
+VOWELS = f"{Path(best_of_n_checks.__file__).resolve()}:vowels"  # a count that even a hardly trained model can raise
+ROUNDS = dict(n=N, prompts=32, max_new_tokens=32, scorer=VOWELS)
 
 
 def lines(file: Path) -> list[dict[str, Any]]:
@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     begin = base / "start"
 
     def rounds(name: str, **settings: Any) -> dict[str, Any]:
-        return recipe(base / name, begin, best_of_n={**ROUNDS, **settings}, logging={"report": name == "two"})
+        return recipe(base / name, begin, best_of_n={**ROUNDS, **settings}, train={"max_steps": 20}, logging={"report": name == "two"})
 
     jobs = [
         ("sft", start(begin)),
@@ -46,15 +46,15 @@ def test_the_verifiers_score_rises(folder: Path):
     before, between, after = metrics(folder / "two")
     assert [line["step"] for line in (before, between, after)] == [0, 1, 2]
     assert before["kl_bound"] == pytest.approx(1.2044, abs=1e-4), "ln 8 - 7/8"
-    assert before["score/best_of_n"] > before["score/mean"] + 0.1
-    assert between["score/mean"] > before["score/mean"] + 0.05, "after a round the policy itself answers better"
+    assert before["score/best_of_n"] > before["score/mean"] + 0.5
+    assert between["score/mean"] > before["score/mean"] + 0.25, "after a round the policy itself answers better"
     assert after["score/held_out"] > before["score/held_out"]
 
 
 def test_the_best_finished_answer_is_imitated(folder: Path):
     key, *drawn = lines(folder / "two" / "round_1" / "drawn.jsonl")
     chosen = lines(folder / "two" / "round_1" / "chosen.jsonl")
-    assert len(drawn) == 32 and all(len(entry["answers"]) == len(entry["scores"]) == N for entry in drawn) and key["sampling"]["scorer"] == "words_in_place"
+    assert len(drawn) == 32 and all(len(entry["answers"]) == len(entry["scores"]) == N for entry in drawn) and key["sampling"]["scorer"] == VOWELS
     expected = []
     for entry in drawn:
         finished = [(score, -i) for i, (score, answer) in enumerate(zip(entry["scores"], entry["answers"])) if answer["finished"]]
@@ -78,7 +78,7 @@ def test_every_layout_draws_the_same_answers(folder: Path):
     alone, cut = (lines(folder / name / "round_1" / "drawn.jsonl")[1:] for name in ("two", "tp2"))
     pairs = [(a["text"], b["text"]) for one, two in zip(alone, cut) for a, b in zip(one["answers"], two["answers"])]
     assert sum(a == b for a, b in pairs) > 0.97 * len(pairs), "up to rounding"
-    assert metrics(folder / "tp2")[-1]["score/held_out"] > metrics(folder / "tp2")[0]["score/held_out"] - 0.05
+    assert metrics(folder / "tp2")[-1]["score/held_out"] > metrics(folder / "tp2")[0]["score/held_out"]
 
 
 def test_the_report_shows_the_scores(folder: Path):
@@ -98,7 +98,7 @@ def test_what_cannot_be_is_said(folder: Path, tmp_path: Path):
     jobs = [
         ("best_of_n", recipe(folder / "two", begin, best_of_n={**ROUNDS, "temperature": 0.5})),
         ("best_of_n", recipe(tmp_path / "a", begin, best_of_n={**ROUNDS, "scorer": "no_such:thing"})),
-        ("best_of_n", recipe(tmp_path / "b", begin, best_of_n={**ROUNDS, "min_score": 2.0})),
+        ("best_of_n", recipe(tmp_path / "b", begin, best_of_n={**ROUNDS, "min_score": 99.0})),
         ("rso", {**recipe(tmp_path / "c", begin), "model": {}}),
         ("rso", recipe(folder / "dpo", begin)),
     ]
@@ -108,5 +108,5 @@ def test_what_cannot_be_is_said(folder: Path, tmp_path: Path):
     assert (folder / "two" / "metrics.jsonl").read_bytes() == kept, "nothing of the run was touched"
     assert stranger.startswith("RunError") and "is not empty" in stranger
     assert scorer.startswith("ConfigError") and "best_of_n.scorer" in scorer
-    assert none.startswith("DataError") and "min_score(2.0)" in none
+    assert none.startswith("DataError") and "min_score(99.0)" in none
     assert untrained.startswith("ConfigError") and "model.init_from" in untrained
