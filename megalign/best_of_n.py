@@ -41,7 +41,7 @@ def best_of_n(recipe: Recipe, world: World) -> None:
     load_scorer(settings.scorer, "best_of_n.scorer")
     if recipe.model.init_from is None:
         rule = "best-of-n chooses among the answers of a trained model"
-        raise ConfigError([Problem("model.init_from", rule, "give a Hugging Face folder, or a run of ours")])
+        raise ConfigError([Problem("model.init_from", rule, "give a Hugging Face folder, or a run of ours", None)])
     open_output(output, world, "round_1")
     rows, held_out = questions(resolve_model(recipe), settings.prompts)
     draw(recipe, world, rows, settings, output / "round_1" / "drawn.jsonl", seed=seed_of(recipe, 1))  # refuses what another recipe drew, before anything is written

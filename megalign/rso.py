@@ -35,7 +35,7 @@ def rso(recipe: Recipe, world: World) -> None:
     check(resolve_model(recipe), world.size)
     load_scorer(settings.scorer, "rso.scorer")
     if recipe.model.init_from is None:
-        raise ConfigError([Problem("model.init_from", "rso chooses among the answers of a trained model", "give a Hugging Face folder, or a run of ours")])
+        raise ConfigError([Problem("model.init_from", "rso chooses among the answers of a trained model", "give a Hugging Face folder, or a run of ours", None)])
     open_output(output, world, "drawn.jsonl")
     rows, _ = questions(resolve_model(recipe), settings.prompts)
     drawn = draw(recipe, world, rows, settings, output / "drawn.jsonl", seed=recipe.train.seed)
