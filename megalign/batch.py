@@ -70,6 +70,16 @@ class Batch:
         """[documents] indices of the segments that are no padding."""
         return (~self.padding[self.cu_seqlens[:-1].long()]).nonzero().squeeze(-1)
 
+    @property
+    def last_tokens(self) -> torch.Tensor:
+        """[T] bool: the last real token of each document, wherever its padding stands."""
+        ends = self.cu_seqlens[1:].long()[self.documents]
+        real = torch.cat([torch.zeros(1, dtype=torch.long, device=self.padding.device), (~self.padding).long().cumsum(0)])
+        last = torch.zeros_like(self.padding)
+        # The first position up to which as many tokens are real as in the whole segment.
+        last[torch.searchsorted(real, real[ends]) - 1] = True
+        return last
+
 
 @dataclass
 class Ahead:

@@ -29,8 +29,10 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Look at training data as the model will see it.", no_args_is_help=True)
 recipes_app = typer.Typer(help="The recipes that come with megalign.", no_args_is_help=True)
+rm_app = typer.Typer(help="Reward models: train, score answers, look for what they reward by mistake.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(recipes_app, name="recipes")
+app.add_typer(rm_app, name="rm")
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a recipe that comes with megalign.", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe, e.g. optimizer.lr=1e-4")]
@@ -83,6 +85,55 @@ def dpo(
         _train("dpo", recipe, overrides or [], dry_run)
     else:
         _sweep(recipe, overrides or [], betas)
+
+
+@rm_app.command("train")
+def rm_train(recipe: RecipeArgument, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Learn what is preferred, and what users do next, from pairs and labels (rm.heads)."""
+    _train("rm", recipe, overrides or [], dry_run)
+
+
+@rm_app.command("score")
+def rm_score(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A run of rm train, or one of its checkpoints.", show_default=False)],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Answers to score: pairs, dialogues, rankings, labelled answers.", show_default=False)],
+    overrides: Overrides = None,
+    output: Annotated[Path | None, typer.Option(help="A JSON line an answer; default: stdout.")] = None,
+    ensemble: Annotated[list[Path] | None, typer.Option("--with", metavar="CHECKPOINT", help="Another member of an ensemble; may be repeated.")] = None,
+    alpha: Annotated[float, typer.Option(help="Of an ensemble: pessimistic = mean - alpha * std.")] = 1.0,
+    format: FormatOption = "auto",
+) -> None:
+    """Score every answer of a file. One process unless overrides ask for a layout."""
+    from megalign.serving import chat_ranks
+
+    def work(world: Any) -> None:
+        from megalign.scoring import score_file
+
+        score_file([checkpoint, *(ensemble or [])], file, overrides or [], world, output=output, format=format, alpha=alpha)
+
+    _run_ranks(chat_ranks(checkpoint, overrides or []), Path(tempfile.gettempdir()) / "megalign-score", work)
+
+
+@rm_app.command("audit")
+def rm_audit(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A run of rm train, or one of its checkpoints.", show_default=False)],
+    file: Annotated[str | None, typer.Argument(metavar="[FILE]", help="Pairs, labelled answers or rankings; default: what the run was validated on.", show_default=False)] = None,
+    overrides: Overrides = None,
+    head: Annotated[str | None, typer.Option(help="Default: the first.")] = None,
+    rows: Annotated[int, typer.Option(min=20, help="Answers that are probed.")] = 200,
+    output: Annotated[Path | None, typer.Option(help="JSON with all numbers.")] = None,
+) -> None:
+    """Look for what a reward model rewards by mistake: length, format, flattery, hedging, who the user is; exit code 1 if it does."""
+    from megalign.serving import chat_ranks
+
+    given = [*([file] if file and "=" in file else []), *(overrides or [])]
+
+    def work(world: Any) -> None:
+        from megalign.reward_audit import audit_rewards
+
+        audit_rewards(checkpoint, Path(file) if file and "=" not in file else None, given, world, head=head, rows=rows, output=output)
+
+    _run_ranks(chat_ranks(checkpoint, given), Path(tempfile.gettempdir()) / "megalign-score", work)
 
 
 @app.command()
@@ -431,6 +482,8 @@ def _start(command: str, recipe: Recipe) -> None:
             from megalign.best_of_n import best_of_n as run
         elif command == "rso":
             from megalign.rso import rso as run
+        elif command == "rm":
+            from megalign.rm import rm as run
         else:
             from megalign.sft import sft as run
         gc.freeze()  # what was imported stays: the collector need not look through it again

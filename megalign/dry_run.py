@@ -11,20 +11,21 @@ from megalign.config.rules import check
 from megalign.config.schema import Recipe
 from megalign.data.answers import build_answers
 from megalign.data.dataset import build_datasets
+from megalign.data.judgements import build_judgements
 from megalign.data.pairs import build_pairs
 from megalign.data.preview import coloured
 from megalign.models.resolve import resolve_model
 
-BUILD = {"dpo": build_pairs, "kto": build_answers}  # what the other commands build: conversations
+BUILD = {"dpo": build_pairs, "kto": build_answers, "rm": build_judgements}  # what the other commands build: conversations
 
 
 def dry_run(recipe: Recipe, console: Console | None = None, *, command: str = "sft") -> None:
-    """Check the recipe, read the data, print the plan and the first row (of a pair both sides). Imports no model code."""
+    """Check the recipe, read the data, print the plan and the first row (of judgements all answers). Imports no model code."""
     recipe = resolve_model(recipe)
     ranks = world_size_of(recipe)
     check(recipe, ranks)
     train, _ = BUILD.get(command, build_datasets)(recipe)
     facts = {**train.statistics, "vocab_size": train.tokenizer.vocab_size}
-    shown = train.rows[0][: 2 if command == "dpo" else 1] if len(train) else []
+    shown = train.rows[0][: 2 if command in ("dpo", "rm") else 1] if len(train) else []
     first = Text("\n").join(coloured(example, train.tokenizer) for example in shown) if shown else Text("(no rows)")
     (console or Console(highlight=False)).print(describe_plan(recipe, ranks, facts, first))

@@ -15,6 +15,7 @@ from megalign.config.rules import check
 from megalign.config.schema import ParallelConfig, Recipe
 from megalign.data.tokenizer import Tokenizer, load_tokenizer
 from megalign.models.base import with_base
+from megalign.models.heads import HeadShape
 from megalign.models.peft import save_adapter
 from megalign.models.pretrained import save_pretrained
 from megalign.models.resolve import own_checkpoint
@@ -64,11 +65,18 @@ def chat_ranks(path: Path, overrides: list[str]) -> int:
     return ranks
 
 
-def load_for_inference(path: Path, overrides: list[str], world: World) -> tuple[Engine, Path]:
-    """The model of a checkpoint on this world's layout, without optimizer (collective)."""
+def load_for_inference(path: Path, overrides: list[str], world: World, *, speaks: bool = True) -> tuple[Engine, Path]:
+    """The model of a checkpoint on this world's layout, without optimizer (collective).
+
+    speaks: it must say words; else a reward model will do too. Raises CheckpointError.
+    """
     checkpoint = find_checkpoint(path)
+    shapes = read_meta(checkpoint)["identity"].get("heads") or {}
+    if shapes and speaks:
+        raise CheckpointError(f"{checkpoint} is a reward model, and says no words; score answers with megalign rm score")
     recipe = recipe_for(checkpoint, overrides)
-    engine = Engine(recipe, grid_of(recipe, world), int(recipe.model.vocab_size or 0), train=False)
+    heads = {name: HeadShape(**shape) for name, shape in shapes.items()} or None
+    engine = Engine(recipe, grid_of(recipe, world), int(recipe.model.vocab_size or 0), train=False, heads=heads)
     engine.load(checkpoint, weights_only=True)
     return engine, checkpoint
 
@@ -130,7 +138,7 @@ def write_hugging_face(
     if dtype not in ("float32", "bfloat16"):
         raise CheckpointError(f"--dtype is {dtype!r}: it must be float32 or bfloat16")
     overrides = [] if ema is None else [f"train.eval_ema={str(ema).lower()}"]
-    engine, checkpoint = load_for_inference(path, overrides + ([] if base is None else [f"model.init_from={base}"]), world)
+    engine, checkpoint = load_for_inference(path, overrides + ([] if base is None else [f"model.init_from={base}"]), world, speaks=False)
     model, lora = engine.recipe.model, engine.recipe.lora
     if lora.rank is None and (adapter or base is not None):
         raise CheckpointError(f"{checkpoint} holds a whole model and no adapters; leave out --{'adapter' if adapter else 'base'}")
@@ -143,8 +151,8 @@ def write_hugging_face(
         chunk.float()  # a product of rank r is below what BF16 weights can take up
     merge(engine.models)
     tokenizer = stored_tokenizer(checkpoint)
-    eos = tokenizer.end_of_turn
-    save_pretrained(folder, engine.models, model, engine.grid, int(model.vocab_size or 0), checkpoint / "tokenizer", eos, getattr(torch, dtype))
+    eos, pad = tokenizer.end_of_turn, tokenizer.eod
+    save_pretrained(folder, engine.models, model, engine.grid, int(model.vocab_size or 0), checkpoint / "tokenizer", eos, getattr(torch, dtype), pad)
     if world.rank == 0:
         print(f"{folder}: {model.num_layers} layers in {dtype}, from {checkpoint}")
 

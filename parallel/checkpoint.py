@@ -172,16 +172,7 @@ def load(
 
     from megalign.parallel.lora import has_adapters
 
-    def check() -> None:
-        names = sorted(json.loads((checkpoint / "manifest.json").read_text())["files"]) if (checkpoint / "manifest.json").exists() else []
-        verify(checkpoint, names[grid.rank :: grid.world])
-
-    try:
-        together("read", check, grid)
-    except CheckpointError as error:
-        good = previous_good(checkpoint)
-        advice = f"the last good checkpoint before it is {good}: move {checkpoint} away and repeat the command to continue from there" if good else "there is no good checkpoint before it"
-        raise CheckpointError(f"{error}; {advice}") from None
+    verify_together(checkpoint, grid)
     if optimizer is not None:
         create_states(optimizer)
     stored = set(dist_checkpointing.load_tensors_metadata(str(checkpoint / "state"))) if shadow is not None or average else set()
@@ -209,6 +200,57 @@ def load(
     if same_generators:
         _set_generators(torch.load(checkpoint / "rng" / f"rank_{grid.rank:05d}.pt", weights_only=True))
     return read_meta(checkpoint)
+
+
+def load_model(checkpoint: Path, chunks: Sequence[Any], grid: Grid, *, may_lack: Callable[[str], bool], average: bool = False) -> None:
+    """Load a checkpoint's weights as the start of another model (collective): what that has no place for is left out.
+
+    may_lack(name): a weight that keeps the value it has where the checkpoint has none of this name and shape. average: the
+    average that the checkpoint holds, not what was trained last.
+    Raises CheckpointError as `load` does, and for any other weight that is missing.
+    """
+    from megatron.core import dist_checkpointing
+
+    verify_together(checkpoint, grid)
+    stored = {name: tuple(entry.global_shape) for name, entry in dist_checkpointing.load_tensors_metadata(str(checkpoint / "state")).items()}
+    wanted = sharded_state(chunks, None, grid, loading=True)
+    missing: list[str] = []
+    for part in wanted.values():
+        for name, entry in list(part.items()):
+            shape = entry.global_shape if isinstance(entry, dist_checkpointing.ShardedTensor) else None  # else of no weight
+            if may_lack(name) and stored.get(name) != shape:
+                del part[name]
+            elif shape is not None and entry.key not in stored:
+                missing.append(name)
+
+    def complain() -> None:
+        if missing:
+            raise CheckpointError(f"{checkpoint} has no {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}: its model is another")
+
+    together("read", complain, grid)
+    names = {f"ema{i}": {name: entry.data for name, entry in wanted[f"model{i}"].items()} for i in range(len(chunks))}  # loading fills other tensors
+    if average:
+        wanted |= {f"ema{i}": requested_average(wanted[f"model{i}"], set(stored)) for i in range(len(chunks))}
+    state: Any = dist_checkpointing.load(wanted, str(checkpoint / "state"))
+    for i, chunk in enumerate(chunks):
+        _unwrap(chunk).load_state_dict(state[f"model{i}"], strict=False)
+        for name, full in state.get(f"ema{i}", {}).items():
+            names[f"ema{i}"][name].data.copy_(full)
+
+
+def verify_together(checkpoint: Path, grid: Grid) -> None:
+    """Every rank reads a share of the files (collective). Raises CheckpointError, with the newest good checkpoint before it."""
+
+    def check() -> None:
+        names = sorted(json.loads((checkpoint / "manifest.json").read_text())["files"]) if (checkpoint / "manifest.json").exists() else []
+        verify(checkpoint, names[grid.rank :: grid.world])
+
+    try:
+        together("read", check, grid)
+    except CheckpointError as error:
+        good = previous_good(checkpoint)
+        advice = f"the last good checkpoint before it is {good}: move {checkpoint} away and repeat the command to continue from there" if good else "there is no good checkpoint before it"
+        raise CheckpointError(f"{error}; {advice}") from None
 
 
 def sharded_state(chunks: Sequence[Any], optimizer: Any | None, grid: Grid, *, loading: bool, shadow: Shadow | None = None) -> dict[str, Any]:

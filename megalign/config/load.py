@@ -14,9 +14,10 @@ from typing import Any
 
 import yaml
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from megalign.config.errors import ConfigError, Problem, shown
-from megalign.config.schema import Recipe
+from megalign.config.schema import Recipe, Section
 from megalign.config.suggest import closest, known_keys, suggest
 from megalign.config.yaml12 import read_yaml, write_yaml
 from megalign.models.presets import PRESETS
@@ -163,8 +164,14 @@ def _no_bool_or_infinite_numbers(data: dict[str, Any], prefix: str = "") -> Iter
 def _translate(error: Any) -> Problem:
     """A line of pydantic's ValidationError as a Problem."""
     dotted = ".".join(str(part) for part in error["loc"])
+    section = _section_in_a_dict(error["loc"])
+    if section is not None and (leaf := str(error["loc"][-1])) not in section.model_fields:
+        return Problem(dotted, f"unknown key {dotted}", f"keys here are {', '.join(section.model_fields)}{closest(leaf, list(section.model_fields))}")
     if error["type"] in ("extra_forbidden", "invalid_key"):
         return _unknown(dotted, str(error["loc"][-1]))
+    if section is not None:
+        choices = error["ctx"].get("expected") if "ctx" in error else None
+        return Problem(dotted, error["msg"].removeprefix("Input "), _fix_of(section.model_fields[leaf], error["input"], choices), error["input"])
     while dotted not in known_keys():  # a list index or a union's tag behind the field
         dotted = dotted.rpartition(".")[0]
     rule = "is a section, not a value" if _is_section(dotted) else error["msg"].removeprefix("Input ")
@@ -182,15 +189,29 @@ def _unknown(dotted: str, leaf: str) -> Problem:
     return Problem(dotted, f"unknown key {dotted}", fix)
 
 
+def _section_in_a_dict(where: tuple[Any, ...]) -> type[Section] | None:
+    """The section of which a key is wrong, where a recipe names sections itself (rm.heads.NAME.loss)."""
+    for depth in range(1, len(where) - 1):
+        info = known_keys().get(".".join(map(str, where[:depth])))
+        inner = typing.get_args(info.annotation)[1:] if info is not None and typing.get_origin(info.annotation) is dict else ()
+        if depth == len(where) - 2 and inner and isinstance(inner[0], type) and issubclass(inner[0], Section):
+            return inner[0]
+    return None
+
+
 def _fix(field: str, value: Any, choices: str | None = None) -> str:
-    info = known_keys()[field]
     if _is_section(field):
         return f"write its keys below it: {', '.join(_keys_of(field))}"
+    return _fix_of(known_keys()[field], value, choices)
+
+
+def _fix_of(info: FieldInfo, value: Any, choices: str | None) -> str:
     if info.annotation in (str, str | None) and not isinstance(value, (dict, list)):
         return f'quote it: "{shown(value)}"'
     misspelt = closest(str(value), re.findall(r"'([^']+)'", choices)) if choices else ""
     meaning = f" ({info.description})" if info.description else ""
-    return f"the default is {shown(info.default)}{misspelt}{meaning}"
+    default = {key: part.model_dump() if isinstance(part, Section) else part for key, part in info.default.items()} if isinstance(info.default, dict) else info.default
+    return f"the default is {shown(default)}{misspelt}{meaning}"
 
 
 def _is_section(field: Any) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megalign.config import adapters, layout_rules, model_rules, preference, recompute
+from megalign.config import adapters, layout_rules, model_rules, preference, recompute, reward
 from megalign.config.advice import warnings
 from megalign.config.errors import ConfigError, Problem, not_a_multiple
 from megalign.config.layout import Layout, layout_of, sequence_multiple, world_size_of
@@ -187,4 +187,5 @@ RULES = (
     streaming,
     preference.preference,
     adapters.adapters,
+    reward.heads,
 )

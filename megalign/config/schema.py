@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Format = Literal[
     "auto", "messages", "sharegpt", "instruction", "prompt_completion", "xlam", "text", "preference", "hh", "comparison", "ranked",
-    "ultrafeedback", "helpsteer", "unpaired", "gsm8k", "problem", "human_eval", "prompts", "judge_prompts",
+    "ultrafeedback", "helpsteer", "labelled", "unpaired", "gsm8k", "problem", "human_eval", "prompts", "judge_prompts",
 ]  # fmt: skip  (megalign.data.formats has the table)
 
 TEMPLATES = ("chatml", "llama2", "llama3", "mistral-v1", "mistral-v2", "mistral-v3", "alpaca", "vicuna")  # of megalign.data.templates
@@ -338,6 +338,28 @@ class RSOConfig(ScoredConfig):
     accepted: int = Field(default=8, ge=2, description="accepted answers of a prompt that are used, two by two")
 
 
+class HeadConfig(Section):
+    """One number that a reward model learns to say of an answer."""
+
+    loss: Literal["bradley_terry", "regression", "binary", "classification", "ordinal", "exponential", "weibull"] = Field(
+        default="bradley_terry", description="pairs; a number; yes or no; one of `classes`; a rating 0 to classes - 1; a time, part of them censored"
+    )
+    label: str | None = Field(default=None, min_length=1, description="key of a row's labels; default: the name of the head")
+    weight: float = Field(default=1.0, ge=0, description="of its mean loss in the sum over heads")
+    classes: int | None = Field(default=None, ge=2, description="classification, ordinal: how many")
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="bradley_terry: share of pairs taken as flipped; classification: spread over all classes")
+    margin: float = Field(default=0.0, ge=0, description="bradley_terry: times a row's own margin, what the chosen answer must lead by")
+    centering: float = Field(default=0.0, ge=0, description="bradley_terry: weight of (r_chosen + r_rejected)^2; TRL's center_rewards_coefficient")
+    scale: Literal["linear", "log1p"] = Field(default="linear", description="regression: of the labels; log1p for counts (turns to come)")
+
+
+class RewardConfig(Section):
+    """`megalign rm train`: the heads of a reward model, each with its loss and its labels."""
+
+    heads: dict[str, HeadConfig] = Field(default={"reward": HeadConfig()}, description="name: {loss, label, weight, ...}")
+    bootstrap: int = Field(default=1000, ge=100, description="resamples of the held-out rows for intervals that have no formula")
+
+
 class AuditConfig(Section):
     """Whether all copies of a parameter are, and stay, equal (docs/replicated-gradients.md)."""
 
@@ -370,6 +392,7 @@ class Recipe(Section):
     lora: LoraConfig = LoraConfig()
     best_of_n: BestOfNConfig = BestOfNConfig()
     rso: RSOConfig = RSOConfig()
+    rm: RewardConfig = RewardConfig()
     audit: AuditConfig = AuditConfig()
     kernels: KernelsConfig = KernelsConfig()
     logging: LoggingConfig = LoggingConfig()

@@ -14,6 +14,7 @@
 | ranked | `{"context", "completions": [{"rank", "completion"}]}` | RankedResponses |
 | ultrafeedback | `{"instruction", "completions": [{"response", "overall_score"}]}` | RankedResponses |
 | helpsteer | `{"prompt", "response", "helpfulness", ...}`, or two responses and a strength | ScoredResponse, PreferencePair |
+| labelled | `{"prompt", "completion", "labels": {"turns": 3, "returns": true, "gap": {"time": 2.5, "observed": false}}}` or with messages | ScoredResponse |
 | unpaired | `{"prompt", "completion", "label"}` or `{"messages", "label"}` (KTO) | LabelledResponse |
 | gsm8k | `{"question", "answer": "... #### 72"}` | VerifiableProblem |
 | problem | `{"prompt", "answer"}` | VerifiableProblem |
@@ -65,6 +66,7 @@ SFT_TAKES = {
     "ranked": "the best completion",
     "ultrafeedback": "the best completion",
     "helpsteer": "every response, or the preferred one of two",
+    "labelled": "every response",
     "unpaired": "the responses with label true",
     "gsm8k": "the worked solution",
     "problem": "the answer",
@@ -232,6 +234,7 @@ FORMATS: dict[str, Callable[[Values, str, int], AnyRow]] = {
     "ranked": judged.ranked,
     "ultrafeedback": judged.ultrafeedback,
     "helpsteer": judged.helpsteer,
+    "labelled": judged.labelled,
     "unpaired": judged.unpaired,
     "gsm8k": questions.gsm8k,
     "problem": questions.problem,
@@ -262,6 +265,7 @@ _TELLS: dict[str, Callable[[dict[str, Any]], bool]] = {
     "helpsteer": lambda v: _has("prompt", "response", "helpfulness")(v)
     or _has("response_1", "response_2", "preference_strength")(v)
     or _has("response1", "response2", "overall_preference")(v),
+    "labelled": lambda v: isinstance(v.get("labels"), dict),
     "unpaired": lambda v: isinstance(v.get("label"), (bool, int))
     and ("messages" in v or "conversations" in v or "completion" in v),
     "xlam": _has("query", "tools", "answers"),

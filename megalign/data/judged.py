@@ -9,6 +9,7 @@ import json
 import os
 from typing import Any
 
+from megalign.data.labels import read_labels, read_user
 from megalign.data.rows import (
     LabelledResponse,
     Message,
@@ -152,6 +153,16 @@ def helpsteer(value: Values, source: str, line: int) -> ScoredResponse | Prefere
     return _pair(prompt, better, worse, value, source, line, abs(strength))
 
 
+def labelled(value: Values, source: str, line: int) -> ScoredResponse:
+    """`{prompt, completion, labels}` or `{messages, labels}`: what is known of an answer, by name (see `read_labels`), and of its `user`."""
+    labels = read_labels(value["labels"]) if isinstance(value.get("labels"), dict) else ()
+    if not labels:
+        raise Unusable("'labels' names nothing")
+    prompt, answer = _prompt_and_answer(value)
+    user, facts = read_user(value.get("user"))
+    return ScoredResponse(tuple(prompt), Response(answer, policy=_policy(value, "")), (*labels, *facts), provenance(value), source, line, user)
+
+
 def unpaired(value: Values, source: str, line: int) -> LabelledResponse:
     """`{prompt, completion, label}` or `{messages, label}` (KTO): `label` says whether the answer is wanted."""
     label = value.get("label")
@@ -159,18 +170,24 @@ def unpaired(value: Values, source: str, line: int) -> LabelledResponse:
         label = label.lower() == "true"
     if label not in (True, False):
         raise Unusable(f"'label' is {label!r}: true or false" if "label" in value else "key 'label' is missing")
+    prompt, answer = _prompt_and_answer(value)
+    response = Response(answer, policy=_policy(value, ""))
+    return LabelledResponse(tuple(prompt), response, bool(label), 1.0, provenance(value), source, line)
+
+
+def _prompt_and_answer(value: Values) -> tuple[list[Message], tuple[Message, ...]]:
+    """`messages` up to the assistant's last, or `prompt` and `completion`."""
     key = next((k for k in ("messages", "conversations") if value.get(k)), None)
     if key:
         *prompt, last = turns(value[key], repr(key)) or [Message("", "")]
         if last.role != "assistant":
             raise Unusable("the last message is not the assistant's: nothing is labelled")
-        answer = (last,)
+        answer: tuple[Message, ...] = (last,)
     else:
         prompt = prompt_turns(value.get("prompt"))
         answer = answer_turns(value.get("completion"), "'completion'")
     check_order([*prompt, *answer])
-    response = Response(answer, policy=_policy(value, ""))
-    return LabelledResponse(tuple(prompt), response, bool(label), 1.0, provenance(value), source, line)
+    return prompt, answer
 
 
 def provenance(value: Values) -> Provenance:
@@ -196,7 +213,8 @@ def _pair(
         raise Unusable(f"tie: both sides score {better.score:g}")
     distance = margin(better, worse) if given_margin is None else given_margin
     tools = read_tools(value.get("tools"))
-    return PreferencePair(tuple(prompt), better, worse, 1.0, distance, provenance(value), source, line, tools)
+    labels = read_labels(value["labels"]) if isinstance(value.get("labels"), dict) else ()
+    return PreferencePair(tuple(prompt), better, worse, 1.0, distance, provenance(value), source, line, tools, labels)
 
 
 def _ranking(prompt: list[Message], found: list[Response], value: Values, source: str, line: int) -> RankedResponses:

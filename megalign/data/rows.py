@@ -96,6 +96,7 @@ class PreferencePair:
     source: str = ""
     line: int = 0
     tools: tuple[str, ...] = ()
+    labels: tuple[tuple[str, float], ...] = ()  # quality -> above 0: the first is better there, below: the second
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,10 @@ class LabelledResponse:
 
 @dataclass(frozen=True)
 class ScoredResponse:
-    """One response with absolute scores by attribute (HelpSteer)."""
+    """One response with absolute scores by attribute (HelpSteer), or labels by name (turns to come, returns, ...).
+
+    A time that may be censored is two: `gap` and `gap.observed`, 0 where the event had not come by then.
+    """
 
     prompt: tuple[Message, ...]
     response: Response
@@ -142,6 +146,7 @@ class ScoredResponse:
     provenance: Provenance = Provenance()
     source: str = ""
     line: int = 0
+    user: str | None = None  # who reads it; what is known of them is among the scores, as user.tenure
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from megalign.config.layout import layers_with_experts, padded_vocab
 from megalign.config.schema import ModelConfig, Recipe
 from megalign.models.gpt import DialogueModel
+from megalign.models.heads import HeadShape, RewardModel
 from megalign.parallel.experts import use_grouped
 from megalign.parallel.grid import Grid
 from megalign.parallel.init import device
@@ -170,10 +171,12 @@ def build_chunks(
     sequence_parallel: bool = False,
     bf16: bool = False,
     options: Mapping[str, Any] | None = None,
+    heads: Mapping[str, HeadShape] | None = None,
 ) -> list[DialogueModel]:
     """The parts of the model that this rank holds: one, or one a virtual stage. Weights are uninitialised.
 
     vocab_size: rows the tokenizer needs; the tables are padded to `padded_vocab`. options: see `run_options`.
+    heads: of a reward model; None: a model that speaks.
     """
     config = transformer_config(model, grid, sequence_parallel=sequence_parallel, bf16=bf16, options=options)
     stages, latent = grid.virtual_pipeline or 1, model.multi_latent_attention
@@ -181,7 +184,8 @@ def build_chunks(
     for stage in range(stages):
         vp_stage = stage if grid.virtual_pipeline else None
         is_last = grid.is_last_stage and stage == stages - 1
-        chunk = DialogueModel(
+        kind = functools.partial(RewardModel, shapes=heads) if heads else DialogueModel
+        chunk = kind(
             config,
             block_spec(config, model.transformer_impl, vp_stage),
             vocab_size=padded_vocab(vocab_size, grid.tensor.size),

@@ -26,12 +26,17 @@ def logprobs_ahead(chunk: Any, batch: Batch, grid: Grid, depths: int) -> Any:
     return _forward(chunk, batch, grid, [_part_of(shifted, batch, grid) for shifted in ahead])
 
 
-def _forward(chunk: Any, batch: Batch, grid: Grid, ahead: Any) -> Any:
+def head_values(chunk: Any, batch: Batch, grid: Grid) -> Tensor:
+    """Last stage of a reward model: [documents of this rank, H], read at the last real token of each; else hidden states."""
+    return _forward(chunk, batch, grid, (), batch.last_tokens)
+
+
+def _forward(chunk: Any, batch: Batch, grid: Grid, ahead: Any, marked: Tensor | None = None) -> Any:
     to = device()
     packed = packed_sequences(batch.cu_seqlens.to(to), batch.max_seqlen, batch.prefixes)
     tokens, positions, labels, mask, padding = (
         context_part(x, batch.cu_seqlens, grid).to(to)[None]
-        for x in (batch.tokens, batch.position_ids, batch.labels, batch.loss_mask, batch.padding)
+        for x in (batch.tokens, batch.position_ids, batch.labels, batch.loss_mask if marked is None else marked, batch.padding)
     )
     return chunk(tokens, positions, None, labels=labels, loss_mask=mask, padding_mask=padding, packed_seq_params=packed, ahead=ahead)
 

@@ -26,6 +26,20 @@ def sequence_logprobs(output_2N: Tensor, batch: Batch, grid: Grid) -> Tensor:
     return sum_over_context(sums.index_add(0, document_N.to(logprobs.device), logprobs.double()), grid).float()
 
 
+def document_values(values_nH: Tensor, batch: Batch, grid: Grid) -> Tensor:
+    """[documents, H] of each document, in the order of the batch, from those that this rank has read (`head_values`).
+
+    Under context parallelism the last token of a document lies on one rank; every rank gets all (see `sum_over_context`).
+    """
+    marked = context_part(batch.last_tokens, batch.cu_seqlens, grid)
+    if grid.context.size == 1:
+        return values_nH
+    numbers = batch.last_tokens.long().cumsum(0) - 1  # of the document that a marked position ends
+    own = context_part(numbers, batch.cu_seqlens, grid)[marked].to(values_nH.device)
+    whole = values_nH.new_zeros(int(batch.last_tokens.sum()), values_nH.shape[-1])
+    return sum_over_context(whole.index_add(0, own, values_nH), grid)
+
+
 def sequence_tokens(batch: Batch) -> Tensor:
     """[documents] scored tokens of each, at least 1 for division."""
     ends = batch.loss_mask.long().cumsum(0)

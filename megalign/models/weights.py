@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 
 from megalign.config.schema import ModelConfig
+from megalign.models.heads import initial_head, is_head
 from megalign.models.hf.shards import (
     Columns,
     GatedRows,
@@ -84,6 +85,8 @@ def initialise(chunks: Sequence[Any], model: ModelConfig, grid: Grid, seed: int)
 
     def draw(name: str, parameter: Tensor, place: Place) -> Tensor:
         shape = full_shape(name, parameter.shape, place)
+        if is_head(name):
+            return initial_head(name, shape, generator_of(seed, name))
         if name.endswith(("layernorm.weight", ".enorm.weight", ".hnorm.weight")):
             return torch.ones(shape)
         if name.endswith("bias"):

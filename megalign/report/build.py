@@ -24,6 +24,7 @@ from megalign.report.curves import build_charts
 from megalign.report.experts import HEAT_LABELS, build_expert_load
 from megalign.report.findings import command_line, commands, findings
 from megalign.report.headline import describe_model, headline, run_status
+from megalign.report.rewards import heads_shown
 from megalign.report.run_folder import Row, RunRecord, read_run
 
 HERE = Path(__file__).parent
@@ -73,6 +74,7 @@ def render_report(run: RunRecord, *, now: float) -> str:
         charts=charts,
         load=load,
         heat_labels=HEAT_LABELS,
+        heads=heads_shown(run),
         splits=_splits(run.data),
         samples=_samples(run.samples),
         matches=_matches(run.samples),
@@ -116,7 +118,7 @@ def _samples(samples: list[Row]) -> list[tuple[int, list[Row]]]:
         prompt = sample.get("prompt")
         turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
         turns = [turn for turn in turns if isinstance(turn, dict)]
-        sample = {"exact_match": None, "reference": None, "response": None, "chosen": None, "rejected": None, "judged": None, **sample, "prompt": turns}
+        sample = {"exact_match": None, "reference": None, "response": None, "chosen": None, "rejected": None, "judged": None, "reward": None, **sample, "prompt": turns}
         steps.setdefault(sample.get("step", 0), []).append(sample)
     return sorted(steps.items(), reverse=True)
 

@@ -29,6 +29,7 @@ class RunRecord:
     environment: Row = field(default_factory=dict)
     data: Row = field(default_factory=dict)
     summary: Row = field(default_factory=dict)
+    rewards: Row = field(default_factory=dict)  # of a reward model
     train: list[Row] = field(default_factory=list)
     evals: list[Row] = field(default_factory=list)
     events: list[Row] = field(default_factory=list)
@@ -49,7 +50,7 @@ def read_run(path: Path) -> RunRecord:
     if not any((path / name).is_file() for name in known):
         raise FileNotFoundError(f"{path} is not a run folder: it holds none of {', '.join(known)}")
     run = RunRecord(path)
-    for name in ("environment", "data", "summary"):
+    for name in ("environment", "data", "summary", "rewards"):
         setattr(run, name, _read_json(path / f"{name}.json", run.damaged))
     run.recipe_text, run.recipe = _read_recipe(path / "recipe.yaml", run.damaged)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from megalign.batch import Batch
 from megalign.config.schema import Recipe
 from megalign.models.adapters import add_adapters
 from megalign.models.build import build_chunks, run_options
-from megalign.models.forward import logprobs_ahead, scored_logprobs
+from megalign.models.forward import head_values, logprobs_ahead
 from megalign.models.freeze import freeze
+from megalign.models.heads import HeadShape
 from megalign.models.pretrained import load_pretrained
 from megalign.models.weights import initialise, named_parameters
 from megalign.parallel import checkpoint
@@ -77,12 +78,15 @@ class _Sums:
 class Engine:
     """The sharded model of a recipe with its optimizer."""
 
-    def __init__(self, recipe: Recipe, grid: Grid, vocab_size: int, *, train: bool = True):
-        """Build and initialise (from `model.init_from`, else at random). train=False: no optimizer, no DDP."""
+    def __init__(self, recipe: Recipe, grid: Grid, vocab_size: int, *, train: bool = True, heads: Mapping[str, HeadShape] | None = None):
+        """Build and initialise (from `model.init_from`, else at random). train=False: no optimizer, no DDP.
+
+        heads: of a reward model, which gives numbers in the place of log-probabilities.
+        """
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
         from megatron.core.transformer.module import Float16Module
 
-        self.grid, self.recipe = grid, recipe
+        self.grid, self.recipe, self.heads = grid, recipe, heads
         self._names: dict[int, list[str]] = {}
         seed = recipe.train.seed
         torch.manual_seed(seed + grid.data.rank + 100 * grid.pipeline.rank)
@@ -90,10 +94,10 @@ class Engine:
         bf16 = recipe.train.precision == "bf16"
         parallel = recipe.parallel
         models = build_chunks(
-            recipe.model, grid, vocab_size, sequence_parallel=parallel.sequence_parallel, bf16=bf16, options=run_options(recipe)
+            recipe.model, grid, vocab_size, sequence_parallel=parallel.sequence_parallel, bf16=bf16, options=run_options(recipe), heads=heads
         )
         if recipe.model.init_from:
-            load_pretrained(models, recipe.model, grid, vocab_size)
+            load_pretrained(models, recipe.model, grid, vocab_size, seed)
         else:
             initialise(models, recipe.model, grid, seed)
         add_adapters(models, recipe.model, recipe.lora, grid, seed)
@@ -178,7 +182,7 @@ class Engine:
             def to_megatron(output: Tensor) -> Any:
                 return output.sum(), {"found": read(output, batch)}
 
-            return scored_logprobs(chunk, batch, self.grid), to_megatron
+            return self._outputs(chunk, batch, 0), to_megatron
 
         with self._deterministic_routing():
             outputs = forward_backward(
@@ -188,6 +192,9 @@ class Engine:
         for chunk, mode in zip(self.chunks, modes):
             chunk.train(mode)
         return [part["found"] for part in outputs]
+
+    def _outputs(self, chunk: Any, batch: Batch, depths: int) -> Any:
+        return head_values(chunk, batch, self.grid) if self.heads else logprobs_ahead(chunk, batch, self.grid, depths)
 
     @contextlib.contextmanager
     def _deterministic_routing(self) -> Iterator[None]:
@@ -216,7 +223,7 @@ class Engine:
                 main, ahead = (output[0], output[1:]) if depths else (output, [])
                 return scalar_and_sums(objective.loss(main, batch), ahead, counts, model.mtp_loss_scaling_factor, len(microbatches), grid)
 
-            return logprobs_ahead(chunk, batch, grid, depths), to_megatron
+            return self._outputs(chunk, batch, depths), to_megatron
 
         outputs = forward_backward(
             self.chunks,

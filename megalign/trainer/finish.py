@@ -59,6 +59,8 @@ def finish(
 def answers(engine: Engine, run: RunFolder, data: Dataset, step: int) -> float | None:
     """Answer prompts greedily and write samples.jsonl; return the share answered exactly, if asked for."""
     config = run.recipe.train
+    if engine.heads:  # it says no words
+        return None
     replies = reply(engine, run, data, None if config.exact_match else config.sample_prompts)
     if not replies:
         return None

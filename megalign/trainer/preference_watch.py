@@ -19,6 +19,9 @@ COLLAPSE = (
 )
 
 
+LENGTH_FIX = "pairs balanced by length, dpo.loss=simpo or sigmoid_norm (log-probs per token), a length penalty"
+
+
 class MarginCollapse:
     """Fires when log p of chosen answers has fallen by `nats` a pair while the loss fell and the margin grew (O9).
 
@@ -84,14 +87,15 @@ class LengthBias:
     errors, 3 / sqrt(pairs), as well.
     """
 
-    def __init__(self, pairs_a_step: int, *, limit: float = 0.5, window: int = 20):
-        self.pairs, self.limit = pairs_a_step, limit
+    def __init__(self, pairs_a_step: int, *, limit: float = 0.5, window: int = 20, margin: str = "rewards/margins", fix: str = LENGTH_FIX):
+        """margin: the metric that follows length, or not. fix: what the warning advises."""
+        self.pairs, self.limit, self.margin, self.fix = pairs_a_step, limit, margin, fix
         self._moments: deque[tuple[float, ...]] = deque(maxlen=window)
         self._fired = False
 
     def observe(self, step: int, result: StepResult) -> tuple[dict[str, float], list[str]]:
         """`rewards/length_correlation`, and a warning the first time."""
-        names = ("rewards/margins", "_longer", "_margin*margin", "_longer*longer", "_margin*longer")
+        names = (self.margin, "_longer", "_margin*margin", "_longer*longer", "_margin*longer")
         self._moments.append(tuple(result.metrics[name] for name in names))
         m, d, mm, dd, md = (sum(column) / len(column) for column in zip(*self._moments))
         variance = (mm - m * m) * (dd - d * d)
@@ -105,7 +109,7 @@ class LengthBias:
             way = "longer" if r > 0 else "shorter"
             said = [
                 f"reward margins follow length: correlation {r:+.2f} with the difference in tokens over {pairs} pairs, so the model learns that {way} is better. "
-                "What helps: pairs balanced by length, dpo.loss=simpo or sigmoid_norm (log-probs per token), a length penalty"
+                f"What helps: {self.fix}"
             ]
         return {"rewards/length_correlation": r}, said
 

@@ -106,7 +106,7 @@ class RunFolder:
             partial.rename(self.path / name)
 
 
-_OWN = {"recipe.yaml", "environment.json", "data.json", "metrics.jsonl", "metrics.jsonl.tmp", "report.html.tmp", "samples.jsonl", "summary.json"} | {
+_OWN = {"recipe.yaml", "environment.json", "data.json", "metrics.jsonl", "metrics.jsonl.tmp", "report.html.tmp", "samples.jsonl", "summary.json", "rewards.json"} | {
     "tokenizer",
     "logs",
     "tensorboard",
@@ -175,6 +175,8 @@ def check_identity(checkpoint: Path, now: dict[str, Any]) -> None:
         changed = [key for key in now["model"] if saved["model"].get(key) != now["model"][key]]
         detail = ", ".join(f"model.{key}: {saved['model'].get(key)!r} there, {now['model'][key]!r} here" for key in changed)
         raise RunError(f"{checkpoint} holds another model ({detail}); choose another output, or restore the recipe")
+    if saved.get("heads") != now.get("heads"):
+        raise RunError(f"{checkpoint} has other heads ({saved.get('heads')}, here {now.get('heads')}); choose another output, or restore rm.heads")
     for key in ("tokenizer", "template", "template_hash", "vocab_size"):
         if saved[key] != now[key]:
             raise RunError(f"{checkpoint} was trained with another {key.replace('_', ' ')} ({saved[key]!r}, here {now[key]!r}); text would be rendered into other tokens")

@@ -26,6 +26,7 @@ from megalign.trainer.engine import Engine
 from megalign.trainer.finish import finish, generation_metrics
 from megalign.trainer.hang import hang_watch
 from megalign.trainer.loop import fit
+from megalign.trainer.metrics import NullLogger
 from megalign.trainer.mfu import Speed, flops_per_token, world_peak_flops
 from megalign.trainer.objective import Objective
 from megalign.trainer.profile import Instruments
@@ -60,6 +61,7 @@ class Session:
         self.grid = grid_of(recipe, world)
         self.run = RunFolder(recipe, self.grid)
         self.resume_from: Path | None = self.run.open()
+        self.log = NullLogger()  # until training begins
         self.train, self.validation = self.run.datasets(self.resume_from, build)
         check_schedule(recipe, total_steps(recipe, len(self.train)) or 1)
         self.identity = {**identity(recipe, self.train), **adapter_identity(recipe), **more_identity}
@@ -91,6 +93,7 @@ class Session:
         recipe, run, train, validation = self.recipe, self.run, self.train, self.validation
         counts = count_parameters(recipe.model, self.vocab_size)
         with open_logger(run, total_steps(recipe, len(train)) or 1, self.resume_from) as log, hang_watch(run.path / "logs" / "watch", engine):
+            self.log = log
             announce(run, self.world, train, log)
             for event, message in algorithm.notes:
                 log.event(0, event, message)

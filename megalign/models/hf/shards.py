@@ -167,6 +167,8 @@ def full_from_locals(name: str, locals_: Sequence[Tensor], gated: bool = True) -
 
 def cut_of(name: str, gated: bool = True) -> Cut:
     """The kind of cut of a global name. gated: MLPs are. Raises ConversionError for a name outside the table."""
+    if name.startswith("heads."):  # of reward models: every tensor rank has them whole
+        return Whole
     if adapter := re.fullmatch(r"(.+\.)lora_([AB])_\w+", name):
         base = cut_of(adapter[1] + "weight", gated)
         if base is Columns:
