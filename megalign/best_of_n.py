@@ -49,7 +49,7 @@ def best_of_n(recipe: Recipe, world: World) -> None:
     if world.rank == 0:
         (output / "recipe.yaml").write_text(dump_recipe(recipe))
 
-    policy = recipe
+    policy, drawn = recipe, []
     with record(output, settings.rounds, world) as log:
         for number in range(1, settings.rounds + 1):
             folder, seed = output / f"round_{number}", seed_of(recipe, number)
@@ -66,7 +66,8 @@ def best_of_n(recipe: Recipe, world: World) -> None:
             destroy_grid()
             policy = recipe.model_copy(deep=True)
             policy.model.init_from = str(folder / "run")
-        after = draw(policy, world, held_out, settings, folder / "held_out_after.jsonl", seed=recipe.train.seed, greedy=True)
+        last = output / f"round_{settings.rounds}"
+        after = draw(policy, world, held_out, settings, last / "held_out_after.jsonl", seed=recipe.train.seed, greedy=True)
         log.train(settings.rounds, **{"score/held_out": mean_score(after)} if after else {})
         log.event(settings.rounds, "finished", f"the policy is {policy.model.init_from}")
     write_lines(output / "samples.jsonl", [sample(entry, settings.rounds) for entry in (after or drawn)[: recipe.train.sample_prompts]], world)
