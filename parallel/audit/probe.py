@@ -204,7 +204,7 @@ def _one_after_the_other(module: Any) -> None:
         for expert in module.local_experts:
             linear: Any
             for linear, kind in ((expert.linear_fc1, ColumnParallelLinear), (expert.linear_fc2, RowParallelLinear)):
-                linear.__class__ = adapted(kind) if isinstance(linear, Adapted) else kind
+                linear.__class__ = adapted(kind) if isinstance(linear, Adapted) else kind  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @contextmanager
