@@ -51,10 +51,10 @@ def main() -> None:
             verdict, cause = judged(name, said)
             results["faults"][name] = {"verdict": verdict, "cause": cause, "first": said[0][0] if said else "-"}
             print(f"{name}: {verdict} ({cause})", flush=True)
+        results["auditor"] = subprocess.run(["git", "log", "-1", "--format=%h", "--", *AUDITOR], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
         save(results)
     if arguments.clean:
         over_the_matrix(results)
-    results["auditor"] = subprocess.run(["git", "log", "-1", "--format=%h", "--", *AUDITOR], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     save(results)
     PAGE.write_text(page(results))
 
