@@ -200,7 +200,7 @@ def _one_after_the_other(module: Any) -> None:
     from megalign.parallel.lora import Adapted, adapted
 
     if type(module).__name__ == "GroupedExperts":
-        module.__class__ = SequentialMLP  # pyright: ignore[reportAttributeAccessIssue]
+        module.__class__ = SequentialMLP
         for expert in module.local_experts:
             linear: Any
             for linear, kind in ((expert.linear_fc1, ColumnParallelLinear), (expert.linear_fc2, RowParallelLinear)):
