@@ -22,7 +22,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 ALL = sorted({option for options in OPTIONS.values() for option in options})
 
 
-def heads(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
+def reward_heads(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
     """Names that can be names of parameters; every option is one that the loss reads."""
     for name, head in recipe.rm.heads.items():
         if not re.fullmatch("[A-Za-z][A-Za-z0-9_]*", name):

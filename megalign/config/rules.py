@@ -187,5 +187,5 @@ RULES = (
     streaming,
     preference.preference,
     adapters.adapters,
-    reward.heads,
+    reward.reward_heads,
 )
