@@ -148,6 +148,7 @@ class _Torch:
             torch.sum(exponentials, -1, out=found.total[rows])
             if keep:
                 kept.append(exponentials)
+            del exponentials  # else those of the next chunk are made beside these: a third buffer
         return found, kept if keep else None
 
     @staticmethod
@@ -180,6 +181,7 @@ class _Torch:
                 torch.mm(grad_logits, weight, out=grad_hidden[rows])
             if grad_weight is not None:
                 grad_weight.addmm_(grad_logits.t(), hidden[rows])
+            del p, log_p, grad_logits  # as in the forward pass
 
 
 class _Logits:
