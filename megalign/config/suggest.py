@@ -22,7 +22,7 @@ _NAMES = {
     "model.num_layers": "n_layers n_layer layers num_hidden_layers depth",
     "model.hidden_size": "d_model dim n_embd model_dim embedding_size",
     "model.ffn_hidden_size": "intermediate_size d_ff ffn_size mlp_size",
-    "model.num_attention_heads": "n_heads n_head num_heads heads",
+    "model.num_attention_heads": "n_heads n_head num_heads",
     "model.num_query_groups": "num_key_value_heads n_kv_heads num_kv_heads kv_heads",
     "model.kv_channels": "head_dim head_size",
     "model.rotary_base": "rope_theta rope_base",
