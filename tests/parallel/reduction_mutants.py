@@ -84,7 +84,7 @@ REFUSALS = {
     "an expert's flag on another parameter is let pass": Mutant(f"{PLACEMENT}:_infer", 'if not getattr(parameter, "allreduce", True):', "if False:", "refused: not an expert"),
     "a norm of the heads under an unknown name is let pass": Mutant(f"{PLACEMENT}:_infer", "if norm and grid.tensor.size > 1 and parameter.shape[-1] not in _widths(config):", "if False:", "refused: head norm"),
     "ranks that disagree are let pass": Mutant(f"{PLACEMENT}:place", "lines.update(dict.fromkeys(_disagreements([said for _, said in everywhere])))", "pass", "refused: disagreement"),
-    "two reducers are let pass": Mutant(f"{PLACEMENT}:_with_reducers", 'if by_name and reducers.get("tensor") in (NOBODY, HOOK):', "if False:", "refused: two reducers"),
+    "two reducers are let pass": Mutant(f"{PLACEMENT}:_with_reducers", 'if by_name and p.parameter.requires_grad and reducers.get("tensor") in (NOBODY, HOOK):', "if False:", "refused: two reducers"),
 }  # fmt: skip
 
 _COMPARE, _HELD, _DIAGNOSE, _NORM, _PROBE, _AUDITOR = (f"{AUDIT}.{name}" for name in ("compare", "held", "diagnose", "norm", "probe", "auditor"))
