@@ -155,6 +155,12 @@ def rso(recipe: RecipeArgument, overrides: Overrides = None, dry_run: DryRun = F
 
 
 @app.command()
+def distill(recipe: RecipeArgument, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Teach a model what a larger one says of the next token, or its answers (distill.teacher)."""
+    _train("distill", recipe, overrides or [], dry_run)
+
+
+@app.command()
 def validate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Check a recipe and its layout; print it with every default filled in."""
     from megalign.config.advice import warnings as advice
@@ -484,6 +490,8 @@ def _start(command: str, recipe: Recipe) -> None:
             from megalign.rso import rso as run
         elif command == "rm":
             from megalign.rm import rm as run
+        elif command == "distill":
+            from megalign.distill import distill as run
         else:
             from megalign.sft import sft as run
         gc.freeze()  # what was imported stays: the collector need not look through it again

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megalign.config import adapters, layout_rules, model_rules, preference, recompute, reward
+from megalign.config import adapters, layout_rules, model_rules, preference, recompute, reward, teaching
 from megalign.config.advice import warnings
 from megalign.config.errors import ConfigError, Problem, not_a_multiple
 from megalign.config.layout import Layout, layout_of, sequence_multiple, world_size_of
@@ -186,6 +186,7 @@ RULES = (
     sources,
     streaming,
     preference.preference,
+    teaching.teaching,
     adapters.adapters,
     reward.reward_heads,
 )

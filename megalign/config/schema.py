@@ -214,6 +214,8 @@ class TrainConfig(Section):
     eval_interval: int | None = Field(default=None, ge=1, description="steps between evaluations; null: only at the end")
     eval_rows: int | None = Field(default=None, ge=1, description="rows of validation used; null: all")
     early_stop_patience: int | None = Field(default=None, ge=1, description="evaluations without improvement after which the run stops")
+    forgetting_data: str | list[str] | None = Field(default=None, description="file or files of what the model knew before: eval_old_loss, measured at every evaluation")
+    forgetting_limit: float = Field(default=0.1, gt=0, description="nats by which eval_old_loss may rise above its value before the first step; past it the run stops")
     early_stop_min_delta: float = Field(default=0.0, ge=0, description="nats by which eval_loss must fall below its last mark to count as an improvement")
     save_interval: int | None = Field(default=None, ge=1, description="steps between checkpoints; null: at evaluations and the end")
     async_save: bool = Field(default=False, description="write checkpoints while training goes on; needs memory for a copy of this rank's shards")
@@ -360,6 +362,25 @@ class RewardConfig(Section):
     bootstrap: int = Field(default=1000, ge=100, description="resamples of the held-out rows for intervals that have no formula")
 
 
+class DistillConfig(Section):
+    """`megalign distill`: who teaches, and what is learnt."""
+
+    teacher: str | None = Field(default=None, description="a run of ours, or a Hugging Face folder")
+    mode: Literal["model", "cached", "sequence"] = Field(
+        default="model", description="model: a second model in memory; cached: its most probable tokens, kept by one pass; sequence: its answers are imitated"
+    )
+    loss: Literal["forward_kl", "reverse_kl", "jensen_shannon"] = Field(default="forward_kl", description="model: KL(teacher || student), KL(student || teacher), or between them")
+    beta: float = Field(default=0.5, gt=0, lt=1, description="jensen_shannon: the teacher's share in the mixture")
+    temperature: float = Field(default=1.0, gt=0, description="of both models")
+    ce_weight: float = Field(default=0.0, ge=0, description="weight of the cross-entropy of the data's own tokens, which is added")
+    top_k: int = Field(default=64, ge=1, description="cached: tokens kept")
+    cache: str | None = Field(default=None, description="cached: folder of what is kept; default: teacher/ in output")
+    teacher_parallel: ParallelConfig | None = Field(default=None, description="cached, sequence: the layout that the teacher runs on; default: the student's")
+    samples: SamplingConfig = SamplingConfig()
+    replay: str | list[str] | None = Field(default=None, description="file or files of earlier data, a source of a mixture beside data.train")
+    replay_share: float = Field(default=0.1, gt=0, lt=1, description="share of the tokens that come from replay")
+
+
 class AuditConfig(Section):
     """Whether all copies of a parameter are, and stay, equal (docs/replicated-gradients.md)."""
 
@@ -393,6 +414,7 @@ class Recipe(Section):
     best_of_n: BestOfNConfig = BestOfNConfig()
     rso: RSOConfig = RSOConfig()
     rm: RewardConfig = RewardConfig()
+    distill: DistillConfig = DistillConfig()
     audit: AuditConfig = AuditConfig()
     kernels: KernelsConfig = KernelsConfig()
     logging: LoggingConfig = LoggingConfig()

@@ -20,46 +20,71 @@ def sequence_distillation_loss(logprobs_N: Tensor, teacher_logprobs_N: Tensor) -
     return TokenLoss((teacher_logprobs_N.detach() - logprobs_N).sum(), logprobs_N.numel(), {})
 
 
-def forward_kl_loss(logits_NV: Tensor, teacher_logits_NV: Tensor, *, temperature: float = 1.0) -> TokenLoss:
-    """KL(teacher || student), both at `temperature` (arXiv:1503.02531, without its factor temperature^2)."""
-    student, teacher = _log_softmax(logits_NV, temperature), _log_softmax(teacher_logits_NV, temperature).detach()
-    return _tokens(_kl(teacher, student))
+def forward_kl(logprobs_NV: Tensor, teacher_logprobs_NV: Tensor) -> Tensor:
+    """[N] KL(teacher || student) (arXiv:1503.02531, without its factor temperature^2).
+
+    As the other two divergences a sum over the vocabulary: of a part of its columns it gives that part's share.
+    """
+    return _kl(teacher_logprobs_NV, logprobs_NV)
 
 
-def reverse_kl_loss(logits_NV: Tensor, teacher_logits_NV: Tensor, *, temperature: float = 1.0) -> TokenLoss:
-    """KL(student || teacher): the student may leave out what it cannot do (arXiv:2306.08543)."""
-    student, teacher = _log_softmax(logits_NV, temperature), _log_softmax(teacher_logits_NV, temperature).detach()
-    return _tokens(_kl(student, teacher))
+def reverse_kl(logprobs_NV: Tensor, teacher_logprobs_NV: Tensor) -> Tensor:
+    """[N] KL(student || teacher): the student may leave out what it cannot do (arXiv:2306.08543)."""
+    return _kl(logprobs_NV, teacher_logprobs_NV)
 
 
-def jensen_shannon_loss(logits_NV: Tensor, teacher_logits_NV: Tensor, *, beta: float = 0.5, temperature: float = 1.0) -> TokenLoss:
-    """beta KL(teacher || m) + (1 - beta) KL(student || m), m = beta teacher + (1 - beta) student, 0 < beta < 1.
+def jensen_shannon(logprobs_NV: Tensor, teacher_logprobs_NV: Tensor, *, beta: float = 0.5) -> Tensor:
+    """[N] beta KL(teacher || m) + (1 - beta) KL(student || m), m = beta teacher + (1 - beta) student, 0 < beta < 1.
 
     Generalised divergence of arXiv:2306.13649, eq. 1. In TRL's GKD beta 0 and 1 mean forward and reverse KL: here
     those are functions of their own, and the formula would be 0.
     """
     if not 0 < beta < 1:
-        raise ValueError(f"beta is {beta}, outside (0, 1); for KL(teacher || student) take forward_kl_loss, for KL(student || teacher) reverse_kl_loss")
-    student, teacher = _log_softmax(logits_NV, temperature), _log_softmax(teacher_logits_NV, temperature).detach()
+        raise ValueError(f"beta is {beta}, outside (0, 1); for KL(teacher || student) take forward_kl, for KL(student || teacher) reverse_kl")
+    student, teacher = logprobs_NV, teacher_logprobs_NV
     share = torch.tensor([1 - beta, beta], dtype=student.dtype, device=student.device).log()
     mixture = torch.logaddexp(student + share[0], teacher + share[1])
-    return _tokens(beta * _kl(teacher, mixture) + (1 - beta) * _kl(student, mixture))
+    return beta * _kl(teacher, mixture) + (1 - beta) * _kl(student, mixture)
+
+
+def top_k_forward_kl(logprobs_NK: Tensor, teacher_logprobs_NK: Tensor) -> Tensor:
+    """[N] KL(teacher || student) over the teacher's K tokens and one bin for all others, for cached teachers.
+
+    Both: log-probabilities of the same K tokens. A lower bound of the KL over V. What the K tokens leave is taken as one
+    rounding unit at least: of a confident teacher they sum to 1 as rounded, and log(1 - 1) says nothing.
+    """
+    teacher = teacher_logprobs_NK.detach()
+    rest, teacher_rest = (log1mexp(x.logsumexp(-1).clamp(max=-torch.finfo(x.dtype).eps)) for x in (logprobs_NK, teacher))
+    return _kl(teacher, logprobs_NK) + teacher_rest.exp() * (teacher_rest - rest)
+
+
+def forward_kl_loss(logits_NV: Tensor, teacher_logits_NV: Tensor, *, temperature: float = 1.0) -> TokenLoss:
+    """`forward_kl` of logits, both at `temperature`."""
+    return _tokens(forward_kl(*_log_softmax_of_both(logits_NV, teacher_logits_NV, temperature)))
+
+
+def reverse_kl_loss(logits_NV: Tensor, teacher_logits_NV: Tensor, *, temperature: float = 1.0) -> TokenLoss:
+    """`reverse_kl` of logits, both at `temperature`."""
+    return _tokens(reverse_kl(*_log_softmax_of_both(logits_NV, teacher_logits_NV, temperature)))
+
+
+def jensen_shannon_loss(logits_NV: Tensor, teacher_logits_NV: Tensor, *, beta: float = 0.5, temperature: float = 1.0) -> TokenLoss:
+    """`jensen_shannon` of logits, both at `temperature`."""
+    return _tokens(jensen_shannon(*_log_softmax_of_both(logits_NV, teacher_logits_NV, temperature), beta=beta))
 
 
 def top_k_forward_kl_loss(logprobs_NK: Tensor, teacher_logprobs_NK: Tensor) -> TokenLoss:
-    """KL(teacher || student) over the teacher's K tokens and one bin for all others, for cached teachers.
-
-    Both: log-probabilities of the same K tokens, whose probabilities sum to less than 1. A lower bound of the KL over V.
-    """
-    teacher = teacher_logprobs_NK.detach()
-    rest, teacher_rest = (log1mexp(x.logsumexp(-1)) for x in (logprobs_NK, teacher))
-    losses = _kl(teacher, logprobs_NK) + teacher_rest.exp() * (teacher_rest - rest)
-    return _tokens(losses)
+    """The sum of `top_k_forward_kl`."""
+    return _tokens(top_k_forward_kl(logprobs_NK, teacher_logprobs_NK))
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
     """KL(p || q) [N] of log-probabilities."""
     return (p.exp() * (p - q)).sum(-1)
+
+
+def _log_softmax_of_both(logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    return _log_softmax(logits, temperature), _log_softmax(teacher_logits, temperature).detach()
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:

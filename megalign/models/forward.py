@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -31,14 +32,19 @@ def head_values(chunk: Any, batch: Batch, grid: Grid) -> Tensor:
     return _forward(chunk, batch, grid, (), batch.last_tokens)
 
 
-def _forward(chunk: Any, batch: Batch, grid: Grid, ahead: Any, marked: Tensor | None = None) -> Any:
-    to = device()
+def read_by(chunk: Any, batch: Batch, grid: Grid, head: Callable[[Tensor, Tensor, Tensor, Batch], Tensor]) -> Any:
+    """Last stage: what `head` makes of the scored positions, the output table and the labels (see `DialogueModel.forward`); else hidden states."""
+    return _forward(chunk, batch, grid, (), head=lambda hidden, weight, labels: head(hidden, weight, labels, batch))
+
+
+def _forward(chunk: Any, batch: Batch, grid: Grid, ahead: Any, marked: Tensor | None = None, head: Any = None) -> Any:
+    to, read = device(), {} if head is None else {"head": head}
     packed = packed_sequences(batch.cu_seqlens.to(to), batch.max_seqlen, batch.prefixes)
     tokens, positions, labels, mask, padding = (
         context_part(x, batch.cu_seqlens, grid).to(to)[None]
         for x in (batch.tokens, batch.position_ids, batch.labels, batch.loss_mask if marked is None else marked, batch.padding)
     )
-    return chunk(tokens, positions, None, labels=labels, loss_mask=mask, padding_mask=padding, packed_seq_params=packed, ahead=ahead)
+    return chunk(tokens, positions, None, labels=labels, loss_mask=mask, padding_mask=padding, packed_seq_params=packed, ahead=ahead, **read)
 
 
 def _part_of(shifted: Ahead, batch: Batch, grid: Grid) -> Ahead:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class DialogueModel(GPTModel):
         super().__init__(*args, **kwargs)
         self.real_vocab_size = real_vocab_size
         self._ahead: Sequence[Ahead] = ()
+        self._head: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
     def bfloat16(self) -> DialogueModel:
         """BF16, except for the routers' expert biases and counts: a step changes a bias by less than BF16 can say,
@@ -47,9 +48,13 @@ class DialogueModel(GPTModel):
             setattr(self.get_submodule(module), own_name, buffer)
         return self
 
-    def forward(self, *args: Any, padding_mask: Tensor | None = None, ahead: Sequence[Ahead] = (), **kwargs: Any) -> Any:
-        """megatron-core's forward. padding_mask [B, S]: True where the routers' auxiliary losses must not look."""
-        self._ahead = ahead  # for `_postprocess`, which megatron-core calls with arguments of its own
+    def forward(self, *args: Any, padding_mask: Tensor | None = None, ahead: Sequence[Ahead] = (), head: Any = None, **kwargs: Any) -> Any:
+        """megatron-core's forward. padding_mask [B, S]: True where the routers' auxiliary losses must not look.
+
+        head: (scored positions [N, D], this rank's rows [v, D] of the output table, labels [N]) -> what is returned in the
+        place of log-probabilities; the gradient of the positions is partial over tensor ranks, as theirs is.
+        """
+        self._ahead, self._head = ahead, head  # for `_postprocess`, which megatron-core calls with arguments of its own
         if self.config.num_moe_experts is None:
             padding_mask = None
         elif padding_mask is not None and self.config.sequence_parallel and not self.pre_process:
@@ -58,7 +63,7 @@ class DialogueModel(GPTModel):
         try:
             return super().forward(*args, padding_mask=padding_mask, **kwargs)
         finally:
-            self._ahead = ()
+            self._ahead, self._head = (), None
 
     def _preprocess(self, *args: Any, **kwargs: Any) -> Any:
         """megatron-core's, with a rotary angle a token where documents share a prompt: its table counts every document from 0."""
@@ -106,6 +111,8 @@ class DialogueModel(GPTModel):
         for gathered in self.output_layer._forward_pre_hooks.values():
             gathered(self.output_layer, ())  # DDP waits there for overlapped gathering; only its weight is used here
         weight: Any = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+        if self._head is not None:
+            return self._head(hidden_TD, weight, labels.flatten()[scored])
         logprobs, correct = vocab_parallel_logprobs(hidden_TD, weight, labels.flatten()[scored], group, self.real_vocab_size)
         return torch.stack([logprobs, correct.float()])
 

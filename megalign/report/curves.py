@@ -28,6 +28,7 @@ SMALL_CHARTS: tuple[tuple[str, str, Callable[[float], str], bool], ...] = (
     ("mean_reward", "Mean reward", number, False),
     ("logps/chosen", "log p of chosen answers", number, False),
     ("logps/drift", "Distance from the reference, nats an answer", number, False),
+    ("divergence", "Divergence from the teacher", number, True),
     ("kl", "KL of policy from reference, estimated", number, True),
     ("rewards/length_correlation", "Correlation of margin and length difference", number, False),
 )

@@ -16,7 +16,7 @@ from megalign.batch import Batch
 from megalign.config.schema import Recipe
 from megalign.models.adapters import add_adapters
 from megalign.models.build import build_chunks, run_options
-from megalign.models.forward import head_values, logprobs_ahead
+from megalign.models.forward import head_values, logprobs_ahead, read_by
 from megalign.models.freeze import freeze
 from megalign.models.heads import HeadShape
 from megalign.models.pretrained import load_pretrained
@@ -41,7 +41,7 @@ from megalign.parallel.unsynchronised import leave_out, unreduced
 from megalign.trainer.audit import RunAudit
 from megalign.trainer.experts import ExpertWatch
 from megalign.trainer.guard import TrainingStopped, describe_non_finite
-from megalign.trainer.objective import Objective, denominators, scalar_and_sums
+from megalign.trainer.objective import Head, Objective, denominators, scalar_and_sums
 from megalign.trainer.phases import MegatronTimers, Phases
 
 ADAM = {"lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad"}  # keys that megatron's optimizer has too
@@ -87,7 +87,7 @@ class Engine:
         from megatron.core.transformer.module import Float16Module
 
         self.grid, self.recipe, self.heads = grid, recipe, heads
-        self._names: dict[int, list[str]] = {}
+        self._names: dict[tuple[Any, int], list[str]] = {}
         seed = recipe.train.seed
         torch.manual_seed(seed + grid.data.rank + 100 * grid.pipeline.rank)
         model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
@@ -171,8 +171,11 @@ class Engine:
         return total.means()
 
     @torch.no_grad()
-    def score(self, microbatches: Sequence[Batch], read: Callable[[Tensor, Batch], Tensor]) -> list[Tensor]:
-        """`read` of what the last stage returns for each microbatch (last stage; none on the others). The model is left as it was."""
+    def score(self, microbatches: Sequence[Batch], read: Callable[[Tensor, Batch], Tensor], head: Head | None = None) -> list[Tensor]:
+        """`read` of what the last stage returns (with `head`, see `Objective`) for each microbatch (last stage; none on the others).
+
+        The model is left as it was.
+        """
         modes = [chunk.training for chunk in self.chunks]
         counting, self.experts.counting = self.experts.counting, False  # of routers: the step's own tokens alone
         for chunk in self.chunks:
@@ -182,7 +185,7 @@ class Engine:
             def to_megatron(output: Tensor) -> Any:
                 return output.sum(), {"found": read(output, batch)}
 
-            return self._outputs(chunk, batch, 0), to_megatron
+            return self._outputs(chunk, batch, 0, head), to_megatron
 
         with self._deterministic_routing():
             outputs = forward_backward(
@@ -193,7 +196,9 @@ class Engine:
             chunk.train(mode)
         return [part["found"] for part in outputs]
 
-    def _outputs(self, chunk: Any, batch: Batch, depths: int) -> Any:
+    def _outputs(self, chunk: Any, batch: Batch, depths: int, head: Head | None) -> Any:
+        if head is not None:
+            return read_by(chunk, batch, self.grid, head)
         return head_values(chunk, batch, self.grid) if self.heads else logprobs_ahead(chunk, batch, self.grid, depths)
 
     @contextlib.contextmanager
@@ -223,7 +228,7 @@ class Engine:
                 main, ahead = (output[0], output[1:]) if depths else (output, [])
                 return scalar_and_sums(objective.loss(main, batch), ahead, counts, model.mtp_loss_scaling_factor, len(microbatches), grid)
 
-            return self._outputs(chunk, batch, depths), to_megatron
+            return self._outputs(chunk, batch, depths, objective.head), to_megatron
 
         outputs = forward_backward(
             self.chunks,
@@ -233,7 +238,7 @@ class Engine:
             tokens_per_microbatch=len(microbatches[0].tokens),
             forward_only=forward_only,
         )
-        names = self._metric_names(outputs, depths)
+        names = self._metric_names(outputs, (objective.loss, depths))
         sums = torch.zeros(len(names), device=device())
         if outputs:
             sums = torch.stack([torch.stack([part[name].float() for part in outputs]).sum() for name in names])
@@ -241,14 +246,14 @@ class Engine:
         losses = [float(part["loss"]) for part in outputs]
         return _Sums(dict(zip(names, sums.tolist(), strict=True)), counts.count, counts.tokens), losses
 
-    def _metric_names(self, outputs: list[dict[str, Any]], depths: int) -> list[str]:
-        """The last stage knows them; the others are told, once, for passes with and without prediction modules."""
-        if depths not in self._names:
+    def _metric_names(self, outputs: list[dict[str, Any]], key: tuple[Any, int]) -> list[str]:
+        """The last stage knows them; the others are told, once for each loss, with and without prediction modules."""
+        if key not in self._names:
             names = [list(outputs[0]) if outputs else None]
             if self.grid.pipeline.size > 1:
                 dist.broadcast_object_list(names, self.grid.last_stage_rank, group=self.grid.pipeline.group)
-            self._names[depths] = names[0] or []
-        return self._names[depths]
+            self._names[key] = names[0] or []
+        return self._names[key]
 
     def _stop_if_not_finite(self, losses: list[float], step: int) -> None:
         loss_ok = all(value - value == 0 for value in losses)

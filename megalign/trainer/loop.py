@@ -28,7 +28,7 @@ def fit(run: Training, *, instruments: Instruments, speed: Speed, resume_from: P
         run.evaluate()
 
     engine.phases.watched = True
-    while run.progress.step < run.end and not run.stopped_improving():
+    while run.progress.step < run.end and not run.stopped_improving() and not run.forgets():
         began = time.monotonic()
         instruments.before_step(run.progress.step + 1)
         step = run.step()
@@ -80,7 +80,9 @@ def _say_why_it_ended(run: Training) -> None:
     at, config, log = run.progress.step, run.config, run.log
     if isinstance(run.batches.sampler, MixtureSampler):
         log.event(at, "mixture", run.batches.sampler.describe())
-    if run.stopped_improving():
+    if run.forgets():
+        log.event(at, "stop", f"eval_old_loss has risen by {run.progress.forgotten:.4f} nats since the first evaluation, more than train.forgetting_limit({config.forgetting_limit:g}): what the model knew is being forgotten; replay of that data (5 to 20 %) holds it")
+    elif run.stopped_improving():
         log.event(at, "stop", f"eval_loss has not improved by more than {config.early_stop_min_delta:g} in {config.early_stop_patience} evaluations")
     elif at == run.end < run.steps:
         log.event(at, "stop", f"train.stop_at_step = {run.end}; the schedule has {run.steps} steps")

@@ -28,6 +28,9 @@ def scored_tokens(batch: Batch | Ahead) -> float:
     return float(batch.loss_mask.sum())
 
 
+Head = Callable[[Tensor, Tensor, Tensor, Batch], Tensor]  # (scored positions [N, D], this rank's rows [v, D] of the table, labels [N], batch)
+
+
 @dataclass(frozen=True)
 class Objective:
     """Sum of losses / sum of counts, both over the whole global batch."""
@@ -35,6 +38,7 @@ class Objective:
     loss: Callable[[Tensor, Batch], Loss]  # of what the last stage returned for a microbatch
     count: Callable[[Batch], float] = scored_tokens  # what the loss sums over: known before the forward, on every stage
     predict_ahead: bool = True  # train the model's prediction modules on the same tokens
+    head: Head | None = None  # what the last stage returns in the place of log-probabilities
     prepare: Callable[[Sequence[Batch]], None] | None = None  # of a step's microbatches, e.g. what a reference says of them
 
 

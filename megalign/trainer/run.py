@@ -113,6 +113,7 @@ _OWN = {"recipe.yaml", "environment.json", "data.json", "metrics.jsonl", "metric
     "report.html",
     "checkpoints",
     "reference",
+    "teacher",
 }
 
 
@@ -191,6 +192,8 @@ def check_identity(checkpoint: Path, now: dict[str, Any]) -> None:
             f"{checkpoint} was trained against another reference: the files it was loaded from have changed, or the loss compares with none; "
             "restore model.init_from, dpo.reference_from and dpo.loss, or choose another output"
         )
+    if saved.get("teacher") != now.get("teacher"):
+        raise RunError(f"{checkpoint} was trained with another teacher: its files have changed, or distill.teacher names another; restore them, or choose another output")
     if saved["training_rows"] != now["training_rows"]:
         raise RunError(f"{checkpoint} was trained on other rows: its position in the data would mean nothing here; restore data.*, or choose another output")
 

@@ -89,6 +89,16 @@ class Session:
         if self.recipe.logging.report and self.grid.is_logger:
             build_report(self.run.path)
 
+    def _old_data(self) -> Dataset | None:
+        """train.forgetting_data, with this run's tokenizer."""
+        files, recipe = self.recipe.train.forgetting_data, self.recipe.model_copy(deep=True)
+        if files is None:
+            return None
+        data = recipe.data
+        data.train, data.validation, data.validation_rows, data.max_rows, data.mixture, data.curriculum = files, None, 0, None, None, None
+        data.format, data.streaming, data.tokenizer.path = "auto", False, str(self.run.tokenizer)
+        return build_datasets(recipe)[0]
+
     def _train(self, engine: Engine, algorithm: Algorithm) -> None:
         recipe, run, train, validation = self.recipe, self.run, self.train, self.validation
         counts = count_parameters(recipe.model, self.vocab_size)
@@ -112,6 +122,7 @@ class Session:
                     identity=self.identity,
                     generate=(lambda step: generation_metrics(engine, run, validation)) if recipe.train.eval_prompts else None,
                     monitors=algorithm.monitors,
+                    old=self._old_data(),
                 )
                 flops = flops_per_token(recipe.model, counts, train.statistics, frozen=recipe.lora.rank is not None)
                 speed = Speed(flops, world_peak_flops(self.world, recipe.train.precision), log)

@@ -15,6 +15,7 @@ import torch
 
 from megalign.config.layout import scaled_lr, total_steps
 from megalign.data.dataset import Dataset
+from megalign.losses import cross_entropy_loss
 from megalign.parallel.checkpoint import read_meta
 from megalign.parallel.grid import Grid
 from megalign.parallel.init import device
@@ -27,6 +28,7 @@ from megalign.trainer.metrics import NullLogger
 from megalign.trainer.objective import Objective, scored_tokens
 from megalign.trainer.schedule import learning_rate
 
+CROSS_ENTROPY = Objective(lambda output, batch: cross_entropy_loss(*output), predict_ahead=False)  # on earlier data, whatever is trained
 EXPERT_LOAD_INTERVAL = 10  # steps between looks at the routers
 
 
@@ -37,11 +39,17 @@ class Progress:
     step: int = 0
     tokens: int = 0  # non-padding tokens seen
     evaluations: list[tuple[int, float]] = field(default_factory=list)  # (step, eval_loss)
+    old: list[tuple[int, float]] = field(default_factory=list)  # (step, eval_old_loss), of train.forgetting_data
 
     @property
     def best(self) -> tuple[int, float] | None:
         """(step, eval_loss) of the best evaluation so far."""
         return min(self.evaluations, key=lambda pair: pair[1]) if self.evaluations else None
+
+    @property
+    def forgotten(self) -> float:
+        """Nats by which the loss on earlier data has risen since it was first measured."""
+        return self.old[-1][1] - self.old[0][1] if self.old else 0.0
 
     def without_improvement(self, min_delta: float) -> int:
         """Evaluations since eval_loss last fell by more than `min_delta` nats below its mark (Keras' EarlyStopping)."""
@@ -99,6 +107,7 @@ class Training:
         identity: dict[str, Any],
         generate: Callable[[int], dict[str, float]] | None = None,
         monitors: Mapping[str, Monitor] | None = None,
+        old: Dataset | None = None,
     ):
         self.monitors = dict(monitors or {})
         self.engine, self.objective, self.log, self.checkpoints, self.identity, self.generate = engine, objective, log, checkpoints, identity, generate
@@ -106,6 +115,7 @@ class Training:
         self.config = config = self.recipe.train
         self.batches = Batches(train, self.recipe, self.grid)
         self.held_out = Batches(validation, self.recipe, self.grid, evaluation=True, rows=config.eval_rows) if len(validation) else None
+        self.old = Batches(old, self.recipe, self.grid, evaluation=True) if old is not None else None
         self.steps = total_steps(self.recipe, len(train)) or 1  # of the schedule
         self.end = min(self.steps, config.stop_at_step or self.steps)
         self.peak_lr = scaled_lr(self.recipe, self.grid.data.size)
@@ -169,12 +179,16 @@ class Training:
         progress = self.progress
         with self.engine.averaged():
             result = self.engine.evaluate(list(self.held_out.one_pass()), self.objective)
+            if self.old is not None:
+                progress.old.append((progress.step, self.engine.evaluate(list(self.old.one_pass()), CROSS_ENTROPY).loss))
             generated = self.generate(progress.step) if self.generate and math.isfinite(result.loss) else {}
         if not math.isfinite(result.loss):
             raise TrainingStopped(f"eval_loss is {result.loss}", progress.step, fix="the last checkpoint is intact; lower optimizer.lr")
         best = progress.best is None or result.loss < progress.best[1]
         progress.evaluations.append((progress.step, result.loss))
         more = {f"eval_{name}": value for name, value in {**logged(result.metrics), **generated}.items()}
+        if self.old is not None:
+            more["eval_old_loss"] = progress.old[-1][1]
         if self.objective.count is scored_tokens:
             more["eval_perplexity"] = math.exp(min(result.loss, 80.0))
         self.log.eval(progress.step, eval_loss=result.loss, eval_tokens=result.tokens, best=best, **more)
@@ -199,12 +213,16 @@ class Training:
         progress, config = self.progress, self.config
         due = progress.step % config.save_interval == 0 if config.save_interval else evaluated
         is_best = evaluated and progress.best is not None and progress.best[0] == progress.step
-        return due or (is_best and config.keep_best > 0) or self.stopped_improving()
+        return due or (is_best and config.keep_best > 0) or self.stopped_improving() or self.forgets()
 
     def stopped_improving(self) -> bool:
         """Whether `early_stop_patience` is over."""
         patience = self.config.early_stop_patience
         return patience is not None and self.progress.without_improvement(self.config.early_stop_min_delta) >= patience
+
+    def forgets(self) -> bool:
+        """Whether the loss on earlier data has risen by more than `forgetting_limit`."""
+        return self.progress.forgotten > self.config.forgetting_limit
 
     def save(self) -> None:
         """Model, optimizer, and everything that the next step depends on (collective)."""
@@ -223,7 +241,8 @@ class Training:
         """Stand where `checkpoint` stood (collective); in its own layout the next step is bitwise the one it would have taken."""
         same_layout = read_meta(checkpoint)["layout"] == self.grid.layout()
         saved = self.engine.load(checkpoint, same_generators=same_layout)["training"]
-        self.progress = Progress(**{**saved["progress"], "evaluations": [tuple(pair) for pair in saved["progress"]["evaluations"]]})
+        pairs = {name: [tuple(pair) for pair in saved["progress"].get(name, [])] for name in ("evaluations", "old")}
+        self.progress = Progress(**{**saved["progress"], **pairs})
         self.batches.sampler.load_state_dict(saved["sampler"])
         self.clip_alarm.load_state_dict(saved["clip_alarm"])
         if self.spike and saved["spike"]:

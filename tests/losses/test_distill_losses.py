@@ -85,3 +85,11 @@ def test_padding_rows_of_the_vocabulary_count_nothing(loss):
 def test_a_mixture_that_is_none_is_refused():
     with pytest.raises(ValueError, match="beta is 0, outside"):
         jensen_shannon_loss(STUDENT, TEACHER, beta=0)
+
+
+def test_a_teacher_that_is_sure_leaves_finite_losses():
+    """Of K probabilities that sum to 1, or to a little more, as rounded in FP32."""
+    sure = torch.tensor([[0.0, -20.0], [1e-7, -30.0], [-0.7, -0.6862349]]).requires_grad_()
+    found = top_k_forward_kl_loss(sure, torch.tensor([[0.0, -25.0], [-1e-9, -40.0], [-0.69314718, -0.69314718]]))
+    found.sum.backward()
+    assert torch.isfinite(found.sum) and sure.grad is not None and torch.isfinite(sure.grad).all()
