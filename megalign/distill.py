@@ -137,6 +137,7 @@ def with_replay(recipe: Recipe) -> Recipe:
     changed = recipe.model_copy(deep=True)
     sources = [("new", recipe.data.train, 1 - settings.replay_share, None), ("replay", settings.replay, settings.replay_share, "replay")]
     changed.data.train = type(changed.data)().train  # a mixture takes its place
+    changed.distill.replay = None  # it is said in the mixture
     changed.data.mixture = [MixtureSource(name=name, path=path, weight=weight, kind=kind) for name, path, weight, kind in sources]  # pyright: ignore[reportArgumentType]
     return changed
 
