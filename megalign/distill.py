@@ -60,7 +60,7 @@ def distill(recipe: Recipe, world: World) -> None:
         sft(with_replay(with_answers_of(recipe, teacher, world)), world)
         return
     recipe = with_replay(with_tokenizer_of(recipe, teacher))
-    settings, folder = recipe.distill, Path(recipe.distill.cache or Path(recipe.output) / "teacher")
+    settings, folder = recipe.distill, Path(recipe.distill.teacher_cache or Path(recipe.output) / "teacher")
     taught_by, notes = model_hash(teacher), []
     if settings.mode == "cached":
         resolved = resolve_model(recipe)

@@ -50,7 +50,10 @@ def teacher_recipe(recipe: Recipe) -> Recipe:
     changed.parallel = settings.teacher_parallel or recipe.parallel
     changed.lora = LoraConfig()
     changed.data.tokenizer = TokenizerConfig()  # its own, whatever the student has
-    return resolve_model(changed)
+    try:
+        return resolve_model(changed)
+    except ConfigError as error:
+        raise ConfigError([replace(problem, field=problem.field.replace("model.init_from", "distill.teacher")) for problem in error.problems]) from None
 
 
 def with_tokenizer_of(recipe: Recipe, teacher: Recipe) -> Recipe:
@@ -164,16 +167,19 @@ def positions(batch: Batch, ends: Sequence[np.ndarray], grid: Grid) -> np.ndarra
 def keep_teacher(teacher: Recipe, world: World, sets: Mapping[str, Dataset], folder: Path, made_from: Mapping[str, Any]) -> str:
     """Run the teacher over both sets on its own layout and keep its most probable tokens in `folder`, or find them there (collective).
 
-    Returns what was done, in a sentence. Raises RunError where the folder was made from something else.
+    Returns what was done, in a sentence. Raises RunError where the folder was made from something else, ConfigError for more
+    tokens than there are.
     """
-    settings = teacher.distill
-    key = {**made_from, "top_k": settings.top_k, "temperature": settings.temperature, **{f"{name} rows": data.statistics["fingerprint"] for name, data in sets.items()}}
+    settings, tokens = teacher.distill, _vocabulary(teacher, sets["train"])
+    if settings.teacher_top_k > tokens:
+        raise ConfigError([Problem("distill.teacher_top_k", f"the teacher knows {tokens} tokens", f"lower it, e.g. to {min(64, tokens)}", settings.teacher_top_k)])
+    key = {**made_from, "teacher_top_k": settings.teacher_top_k, "temperature": settings.temperature, **{f"{name} rows": data.statistics["fingerprint"] for name, data in sets.items()}}
     saved = folder / "made_from.json"
     dist.barrier()  # nobody looks before everybody is here: one rank may write soon
     found = json.loads(saved.read_text()) if saved.exists() else None
     if found is not None and found != key:
         changed = ", ".join([name for name in key if found.get(name) != key[name]] + [name for name in found if name not in key])
-        raise RunError(f"stale teacher: {folder} was made from another {changed}; remove the folder to run the teacher again, restore what changed, or give another distill.cache")
+        raise RunError(f"stale teacher: {folder} was made from another {changed}; remove the folder to run the teacher again, restore what changed, or give another distill.teacher_cache")
     if found is None:
         grid = grid_of(teacher, world)
         partial = folder.with_name(folder.name + ".partial")
@@ -181,7 +187,7 @@ def keep_teacher(teacher: Recipe, world: World, sets: Mapping[str, Dataset], fol
         if writes:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-        engine = Engine(teacher, grid, _vocabulary(teacher, sets["train"]), train=False)
+        engine = Engine(teacher, grid, tokens, train=False)
         for name, dataset in sets.items():
             _keep(engine, dataset, partial / name if writes else None)
         if writes:
@@ -191,7 +197,7 @@ def keep_teacher(teacher: Recipe, world: World, sets: Mapping[str, Dataset], fol
         gc.collect()
         dist.barrier()
         destroy_grid()
-    return f"the teacher's {settings.top_k} most probable tokens {'computed, kept in' if found is None else 'read from'} {folder}"
+    return f"the teacher's {settings.teacher_top_k} most probable tokens {'computed, kept in' if found is None else 'read from'} {folder}"
 
 
 def _vocabulary(teacher: Recipe, dataset: Dataset) -> int:
@@ -201,7 +207,7 @@ def _vocabulary(teacher: Recipe, dataset: Dataset) -> int:
 def _keep(engine: Engine, dataset: Dataset, target: Path | None) -> None:
     """Write TARGET_ids.npy and TARGET_logprobs.npy, [scored tokens, K], a step at a time."""
     grid, recipe = engine.grid, engine.recipe
-    k, counts = recipe.distill.top_k, scored(dataset)
+    k, counts = recipe.distill.teacher_top_k, scored(dataset)
     ends = np.cumsum([0, *counts])
     files: list[Any] = []
     if target is not None:

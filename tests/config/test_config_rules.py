@@ -220,6 +220,15 @@ CASES = [
     ("preference", "dpo.loss=robust dpo.label_smoothing=0.6", 1, "dpo.label_smoothing", "divides by 1 - 2 * label_smoothing", "dpo.label_smoothing=0.4"),
     ("preference", "dpo.loss=exo_pair dpo.label_smoothing=0", 1, "dpo.label_smoothing", "takes its logarithm", "dpo.label_smoothing=null"),
     ("preference", "dpo.loss=simpo dpo.reference_from=x", 1, "dpo.reference_from", "dpo.loss simpo has no reference", "dpo.loss=ipo"),
+    ("teaching", "distill.mode=cached distill.loss=reverse_kl", 1, "distill.loss", "=reverse_kl: of a kept teacher only its most probable tokens are known", "distill.mode=model"),
+    ("teaching", "distill.mode=sequence distill.loss=jensen_shannon", 1, "distill.loss", "=jensen_shannon: answers are imitated by cross-entropy", "distill.loss=forward_kl"),
+    ("teaching", "distill.mode=sequence distill.ce_weight=0.5", 1, "distill.ce_weight", "=0.5: distill.mode sequence has no other loss", "distill.mode=model"),
+    ("teaching", "distill.teacher_cache=x", 1, "distill.teacher_cache", "=x: distill.mode model keeps no probabilities", "distill.mode=cached"),
+    ("teaching", 'distill.teacher_parallel={"tensor_model_parallel_size":2}', 1, "distill.teacher_parallel", "stands on the student's grid; leave it out", "distill.mode=sequence"),
+    ("teaching", 'distill.replay=x data.mixture=[{"name":"a","path":"x","weight":1}]', 1, "distill.replay", "=x: it makes a mixture of data.train and itself", "data.mixture=null"),
+    ("teaching", "distill.replay=x data.streaming=true max_steps=9 data.validation_rows=0", 1, "distill.replay", "leave out data.mixture and data.streaming", "data.streaming=false"),
+    ("teaching", "train.forgetting_data=x", 1, "train.forgetting_data", "=x: it is looked at when the run evaluates; give train.eval_interval", "train.eval_interval=5"),
+    ("teaching", "train.forgetting_data=x train.eval_interval=5 data.validation_rows=0", 1, "train.forgetting_data", "and a validation set", "data.validation=v.jsonl"),
     ("streaming", "data.streaming=true data.order_by_length=true", 1, "data.order_by_length", "has a window of them", "data.streaming=false"),
 ]  # fmt: skip
 

@@ -40,13 +40,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     jobs = [
         ("sft", start(teacher, train=dict(micro_batch_size=4, global_batch_size=8, max_steps=60, sample_prompts=0))),
         *(("distill", {**run(f"same-{loss}", own, train=one_step, loss=loss, temperature=1.7), "optimizer": {"lr": 4e-3}}) for loss in ("forward_kl", "reverse_kl", "jensen_shannon")),
-        ("distill", {**run("same-cached", own, train=one_step, mode="cached", top_k=8), "optimizer": {"lr": 4e-3}}),
+        ("distill", {**run("same-cached", own, train=one_step, mode="cached", teacher_top_k=8), "optimizer": {"lr": 4e-3}}),
         ("distill", run("model", train={"max_steps": 24})),
         ("distill", run("short")),
         ("distill", run("halves", train={"stop_at_step": 3})),
         ("distill", run("halves")),
         ("distill", run("ce", ce_weight=0.5)),
-        ("distill", run("cached", mode="cached", top_k=300, temperature=1.5)),
+        ("distill", run("cached", mode="cached", teacher_top_k=300, temperature=1.5)),
         ("distill", run("warm", temperature=1.5)),
         ("sft", only_new),
         ("sft", {**only_new, "output": str(base / "forgets-halves"), "train": {**only_new["train"], "stop_at_step": 5}}),
@@ -59,8 +59,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     jobs = [
         ("distill", run("tp2", parallel=TP2)),
         ("distill", run("pp2", parallel=PP2)),
-        ("distill", run("cached-pp2", parallel=PP2, mode="cached", top_k=300, temperature=1.5, teacher_parallel=TP2)),
-        ("distill", run("cached-cp2", parallel={"context_parallel_size": 2}, mode="cached", top_k=300, temperature=1.5)),
+        ("distill", run("cached-pp2", parallel=PP2, mode="cached", teacher_top_k=300, temperature=1.5, teacher_parallel=TP2)),
+        ("distill", run("cached-cp2", parallel={"context_parallel_size": 2}, mode="cached", teacher_top_k=300, temperature=1.5)),
     ]
     assert run_ranks(best_of_n_checks.work, 2, jobs)[0] == [""] * len(jobs)
     return base
@@ -99,7 +99,7 @@ def test_a_kept_teacher_is_the_one_in_memory(folder: Path, name: str):
         assert ours == pytest.approx(alone, rel=1e-3)
     assert curve(folder / "warm", "loss")[0] != curve(folder / "short", "loss")[0], "the temperature is in it"
     shapes = json.loads((folder / name / "teacher" / "made_from.json").read_text())
-    assert shapes["top_k"] == 300 and shapes["temperature"] == 1.5
+    assert shapes["teacher_top_k"] == 300 and shapes["temperature"] == 1.5
 
 
 def test_the_student_imitates_the_teachers_answers(folder: Path):
@@ -138,19 +138,23 @@ def turns(number: int) -> list[dict[str, str]]:
 def test_what_cannot_be_is_said(folder: Path, tmp_path: Path):
     teacher = folder / "teacher"
     base = {**recipe(tmp_path / "a", teacher, train={"max_steps": 3}), "model": SMALL}
-    cached = {"teacher": str(teacher), "mode": "cached", "cache": str(folder / "cached" / "teacher"), "top_k": 300, "temperature": 1.5}
+    cached = {"teacher": str(teacher), "mode": "cached", "teacher_cache": str(folder / "cached" / "teacher"), "teacher_top_k": 300, "temperature": 1.5}
     jobs = [
         ("distill", base),
+        ("distill", {**base, "distill": {"teacher": str(tmp_path / "nowhere")}}),
         ("distill", {**base, "output": str(tmp_path / "b"), "distill": {**cached, "temperature": 1.0}}),
         ("distill", {**base, "output": str(tmp_path / "c"), "distill": cached, "data": {**base["data"], "max_rows": 50}}),
         ("distill", {**base, "output": str(tmp_path / "d"), "distill": {"teacher": str(teacher)}, "data": {**base["data"], "tokenizer": {"path": str(other_tokenizer(tmp_path))}}}),
+        ("distill", {**base, "output": str(tmp_path / "e"), "distill": {**cached, "teacher_cache": None, "teacher_top_k": 999}}),
         ("distill", {**base, "output": str(folder / "short"), "distill": {"teacher": str(folder / "model")}, "train": {**base["train"], "max_steps": 9, "eval_interval": 4}}),
     ]
-    nobody, temperature, data, tokenizer, another = run_ranks(best_of_n_checks.work, 1, jobs)[0]
+    nobody, nowhere, temperature, data, tokenizer, too_many, another = run_ranks(best_of_n_checks.work, 1, jobs)[0]
     assert nobody.startswith("ConfigError") and "distill.teacher" in nobody
+    assert nowhere.startswith("ConfigError") and f"distill.teacher={tmp_path}/nowhere: " in nowhere
     assert temperature.startswith("RunError: stale teacher") and "another temperature;" in temperature
     assert data.startswith("RunError: stale teacher") and "another train rows;" in data
     assert tokenizer.startswith("ConfigError") and "probabilities of other tokens" in tokenizer
+    assert too_many.startswith("ConfigError") and "distill.teacher_top_k=999: the teacher knows 320 tokens; lower it, e.g. to 64" in too_many
     assert another.startswith("RunError") and "another teacher" in another
 
 
