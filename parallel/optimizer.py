@@ -73,6 +73,9 @@ def create_optimizer(
     )
     optimizer = get_megatron_optimizer(config, list(chunks))
     choose_kernel(optimizer)
+    for group in optimizer.param_groups:
+        # Megatron marks norms and biases with wd_mult 0; its scheduler multiplies (optimizer_param_scheduler.py:294), and ours is another.
+        group["weight_decay"] = config.weight_decay * group.get("wd_mult", 1.0)
     if cpu_offload:
         from megalign.parallel.offload import offload
 
