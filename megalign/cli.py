@@ -80,7 +80,7 @@ def dpo(
     dry_run: DryRun = False,
     betas: Annotated[str | None, typer.Option(help="A sweep: a run for each, e.g. 0.05,0.1,0.3,1, and a table and picture of what they did.")] = None,
 ) -> None:
-    """Learn from pairs of answers: DPO and its family (dpo.loss)."""
+    """Learn from pairs of answers: DPO and its family (dpo.loss); from pairs of its own answers, in rounds (rounds.count)."""
     if betas is None or dry_run:
         _train("dpo", recipe, overrides or [], dry_run)
     else:
@@ -480,7 +480,9 @@ def _start(command: str, recipe: Recipe) -> None:
             raise ConfigError([Problem("output", f"this folder cannot be made ({error.strerror})", "choose another", recipe.output)]) from None
 
     def work(world: Any) -> None:
-        if command == "dpo":
+        if command == "dpo" and recipe.rounds.count is not None:
+            from megalign.rounds import dpo_rounds as run
+        elif command == "dpo":
             from megalign.dpo import dpo as run
         elif command == "kto":
             from megalign.kto import kto as run

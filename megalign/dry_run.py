@@ -24,6 +24,8 @@ def dry_run(recipe: Recipe, console: Console | None = None, *, command: str = "s
     recipe = resolve_model(recipe)
     ranks = world_size_of(recipe)
     check(recipe, ranks)
+    if command == "dpo" and recipe.rounds.count is not None:
+        command = "rounds"  # its pairs are not drawn yet; what it asks is conversations
     train, _ = BUILD.get(command, build_datasets)(recipe)
     facts = {**train.statistics, "vocab_size": train.tokenizer.vocab_size}
     shown = train.rows[0][: 2 if command in ("dpo", "rm") else 1] if len(train) else []

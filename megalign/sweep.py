@@ -34,10 +34,13 @@ LAST = 10  # training steps that stand for a run without validation pairs
 def sweep(recipe: Recipe, betas: Sequence[float], world: World) -> None:
     """Train with each beta, then write and print the comparison (collective).
 
-    Raises ConfigError for a loss without reference, and what `dpo` raises.
+    Raises ConfigError for a loss without reference or a recipe of rounds, and what `dpo` raises.
     """
     if recipe.dpo.loss in REFERENCE_FREE:
         raise ConfigError([Problem("dpo.loss", "a sweep over beta compares with a reference, and this loss has none", "choose another loss", recipe.dpo.loss)])
+    if recipe.rounds.count is not None:
+        rule = "a sweep compares betas on the same pairs, and rounds draw their own"
+        raise ConfigError([Problem("rounds.count", rule, "leave out --betas, or this", recipe.rounds.count)])
     runs = [of_beta(recipe, beta) for beta in sorted(set(betas))]
     for run in runs:
         if not is_finished(Path(run.output)):

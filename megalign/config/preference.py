@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from megalign.config.errors import Problem
 from megalign.config.layout import Layout
-from megalign.config.schema import DPOConfig, Recipe
+from megalign.config.schema import DPOConfig, Recipe, RoundsConfig
 
 REFERENCE_FREE = ("orpo", "simpo", "cpo")
 # Loss -> its options and what they are where the recipe says nothing.
@@ -54,3 +54,21 @@ def preference(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
         yield Problem("dpo.label_smoothing", "exo_pair takes its logarithm", "give more than 0", dpo.label_smoothing)
     if dpo.loss in REFERENCE_FREE and dpo.reference_from is not None:
         yield Problem("dpo.reference_from", f"dpo.loss {dpo.loss} has no reference", "leave it out", dpo.reference_from)
+
+
+def rounds(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
+    """What a run in rounds decides itself cannot be asked of it; without rounds, their settings are a mistake."""
+    settings, untouched = recipe.rounds, RoundsConfig()
+    if settings.count is None:
+        for name in RoundsConfig.model_fields:
+            if (given := getattr(settings, name)) != getattr(untouched, name):
+                yield Problem(f"rounds.{name}", "there are no rounds: rounds.count is null", "give rounds.count, or leave this out", given)
+        return
+    if recipe.dpo.reference_from is not None:
+        yield Problem("dpo.reference_from", "each round is anchored to the policy that it starts from", "leave it out", recipe.dpo.reference_from)
+    if recipe.dpo.reference_cache is not None:
+        yield Problem("dpo.reference_cache", "each round has pairs and a reference of its own", "leave it out", recipe.dpo.reference_cache)
+    for key in ("eval_interval", "exact_match", "eval_prompts"):
+        if value := getattr(recipe.train, key):
+            rule = "a round learns from all pairs of its own and holds none out; held-out prompts are answered after each round"
+            yield Problem(f"train.{key}", rule, "leave it out", value)

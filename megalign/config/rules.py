@@ -187,6 +187,7 @@ RULES = (
     streaming,
     preference.preference,
     teaching.teaching,
+    preference.rounds,
     adapters.adapters,
     reward.reward_heads,
 )

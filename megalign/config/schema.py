@@ -340,6 +340,14 @@ class RSOConfig(ScoredConfig):
     accepted: int = Field(default=8, ge=2, description="accepted answers of a prompt that are used, two by two")
 
 
+class RoundsConfig(ScoredConfig):
+    """`megalign dpo` in rounds: the policy's own answers, ranked, are its next pairs, and it is the next reference."""
+
+    count: int | None = Field(default=None, ge=1, description="rounds; null: learn from the pairs of data.train")
+    n: int = Field(default=4, ge=2, description="answers to each prompt: the best and the worst are a pair")
+    prompts: int | None = Field(default=None, ge=1, description="prompts of a round: the next so many of data.train's conversations; null: all")
+
+
 class HeadConfig(Section):
     """One number that a reward model learns to say of an answer."""
 
@@ -413,6 +421,7 @@ class Recipe(Section):
     lora: LoraConfig = LoraConfig()
     best_of_n: BestOfNConfig = BestOfNConfig()
     rso: RSOConfig = RSOConfig()
+    rounds: RoundsConfig = RoundsConfig()
     rm: RewardConfig = RewardConfig()
     distill: DistillConfig = DistillConfig()
     audit: AuditConfig = AuditConfig()

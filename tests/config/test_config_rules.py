@@ -229,6 +229,12 @@ CASES = [
     ("teaching", "distill.replay=x data.streaming=true max_steps=9 data.validation_rows=0", 1, "distill.replay", "leave out data.mixture and data.streaming", "data.streaming=false"),
     ("teaching", "train.forgetting_data=x", 1, "train.forgetting_data", "=x: it is looked at when the run evaluates; give train.eval_interval", "train.eval_interval=5"),
     ("teaching", "train.forgetting_data=x train.eval_interval=5 data.validation_rows=0", 1, "train.forgetting_data", "and a validation set", "data.validation=v.jsonl"),
+    ("rounds", "rounds.n=8", 1, "rounds.n", "there are no rounds: rounds.count is null", "rounds.count=2"),
+    ("rounds", "rounds.count=2 dpo.reference_from=x", 1, "dpo.reference_from", "anchored to the policy that it starts from", "dpo.reference_from=null"),
+    ("rounds", "rounds.count=2 dpo.reference_cache=x", 1, "dpo.reference_cache", "a reference of its own", "dpo.reference_cache=null"),
+    ("rounds", "rounds.count=2 train.eval_interval=4", 1, "train.eval_interval", "holds none out", "train.eval_interval=null"),
+    ("rounds", "rounds.count=2 train.exact_match=true", 1, "train.exact_match", "holds none out", "train.exact_match=false"),
+    ("rounds", "rounds.count=2 train.eval_prompts=4", 1, "train.eval_prompts", "holds none out", "train.eval_prompts=0"),
     ("streaming", "data.streaming=true data.order_by_length=true", 1, "data.order_by_length", "has a window of them", "data.streaming=false"),
 ]  # fmt: skip
 
