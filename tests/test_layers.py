@@ -22,7 +22,7 @@ LAYERS = [
     ["megalign.trainer"],
     ["megalign.sft", "megalign.dpo", "megalign.kto", "megalign.best_of_n", "megalign.rso", "megalign.distill", "megalign.sweep", "megalign.rounds", "megalign.implicit", "megalign.rm", "megalign.scoring", "megalign.reward_audit", "megalign.audit", "megalign.serving", "megalign.average", "megalign.planner"],
     ["megalign.tools"],
-    ["megalign.cli", "megalign.__main__"],
+    ["megalign.start", "megalign.cli_data", "megalign.cli", "megalign.__main__"],
 ]
 FORBIDDEN = {
     "megalign.kernels": ("torch.distributed", "megatron"),
