@@ -113,6 +113,7 @@ def rm_audit(
     head: Annotated[str | None, typer.Option(help="Default: the first.")] = None,
     rows: Annotated[int, typer.Option(min=20, help="Answers that are probed.")] = 200,
     output: Annotated[Path | None, typer.Option(help="JSON with all numbers.")] = None,
+    policy: Annotated[Path | None, typer.Option(metavar="SAMPLES", help="What the current policy says, judged or not: have rewards moved, do chances still hold?")] = None,
 ) -> None:
     """Look for what a reward model rewards by mistake: length, format, flattery, hedging, who the user is; exit code 1 if it does."""
     from megalign.serving import chat_ranks
@@ -122,9 +123,24 @@ def rm_audit(
     def work(world: Any) -> None:
         from megalign.reward_audit import audit_rewards
 
-        audit_rewards(checkpoint, Path(file) if file and "=" not in file else None, given, world, head=head, rows=rows, output=output)
+        audit_rewards(checkpoint, Path(file) if file and "=" not in file else None, given, world, head=head, rows=rows, output=output, policy=policy)
 
     run_ranks(chat_ranks(checkpoint, given), Path(tempfile.gettempdir()) / "megalign-score", work)
+
+
+@rm_app.command("split")
+def rm_split(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Rows with `user` and `time`.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Gets train.jsonl and validation.jsonl.", show_default=False)],
+    share: Annotated[float, typer.Option(help="Of the users, held out.")] = 0.2,
+    cut: Annotated[str | None, typer.Option(help="Seconds since 1970, or a date; default: after a share 1 - SHARE of the rows.")] = None,
+    horizon: Annotated[float, typer.Option(help="Days after a row until its labels are known; training rows end that long before the cut.")] = 0.0,
+    seed: int = 0,
+) -> None:
+    """Split labelled rows by users and time: validation has other users, and later."""
+    from megalign.data.user_split import described, split_file
+
+    print(described(split_file(file, folder, share=share, cut=cut, horizon_days=horizon, seed=seed)))
 
 
 @app.command()

@@ -3,7 +3,8 @@
 Probes: traits given to answers whose content stays (`rewards/probes.py`). Judged pairs: whether the longer answer is preferred
 where judges have no preference for it. Labelled answers with facts of their users: whether the users alone would do as well
 (`rewards/shortcut.py`). Candidates with gold scores: best of n, and where more optimisation would hurt
-(`rewards/overoptimisation.py`). Each part speaks where the file has such rows.
+(`rewards/overoptimisation.py`). What the current policy says (--policy): whether rewards have moved, and whether chances still
+hold (`rewards/shift.py`). Each part speaks where the file has such rows.
 """
 
 from __future__ import annotations
@@ -22,35 +23,50 @@ from rich.console import Console
 from megalign.audit import AuditFailed
 from megalign.config.plan import plain_table
 from megalign.data.formats import detect, read_records
-from megalign.data.judgements import conversations
+from megalign.data.judgements import conversations, labels_of
 from megalign.data.labels import USER
 from megalign.data.rows import Conversation, DataError, PreferencePair, RankedResponses, ScoredResponse
 from megalign.parallel.checkpoint import CheckpointError, read_meta
 from megalign.parallel.init import World
 from megalign.rewards.heads import PAIRED
-from megalign.rewards.measures import wilson
+from megalign.rewards.measures import asked_both_ways, wilson
 from megalign.rewards.overoptimisation import agreement, best_of_n, best_of_n_kl, fit_curve
 from megalign.rewards.probes import length_preference, probe
+from megalign.rewards.shift import calibration_of, shift_of
 from megalign.rewards.shortcut import shortcut
-from megalign.scoring import RewardScorer
+from megalign.scoring import RewardScorer, answers_in
 from megalign.serving import find_checkpoint
 
 LEAST = 20  # rows below which a part says nothing
 
 
 def audit_rewards(
-    path: Path, file: Path | None, overrides: Sequence[str], world: World, *, head: str | None = None, rows: int = 200, output: Path | None = None
+    path: Path,
+    file: Path | None,
+    overrides: Sequence[str],
+    world: World,
+    *,
+    head: str | None = None,
+    rows: int = 200,
+    output: Path | None = None,
+    policy: Path | None = None,
 ) -> None:
     """Print what was found, write it as JSON (collective). Raises AuditFailed where something is flagged.
 
     file: pairs, labelled answers, rankings; default: the run's own validation file. rows: answers that are probed.
+    policy: what the current policy says, judged or not; without `file` nothing else is looked at.
     """
     scorer = RewardScorer.load(path, overrides, world)
     head = head or next(iter(scorer.heads))
     if head not in scorer.heads:
         raise CheckpointError(f"--head is {head!r}: the model has {', '.join(scorer.heads)}")
-    found, flagged = _parts(scorer, head, list(read_records(file := file or own_file(path), detect(file))), rows)
-    found = {"checkpoint": str(find_checkpoint(path)), "file": str(file), "head": head, **found, "flagged": flagged}
+    found, flagged = {}, []
+    if file is not None or policy is None:
+        found, flagged = _parts(scorer, head, list(read_records(file := file or own_file(path), detect(file))), rows)
+    if policy is not None:
+        found["policy"], moved = _policy(scorer, head, policy)
+        flagged += moved
+    found = {"checkpoint": str(find_checkpoint(path)), "file": str(file or policy), "head": head, **found, "flagged": flagged}
     if world.rank == 0:
         show(found)
         if output is not None:
@@ -115,10 +131,31 @@ def _user(scorer: RewardScorer, head: str, rows: Sequence[ScoredResponse]) -> di
     names = sorted({name for row in known for name, _ in row.scores if name.startswith(USER)})
     features = np.array([[dict(row.scores).get(name, 0.0) for name in names] for row in known])
     said = scorer.score([conversations(row)[0] for row in known])[head]
-    usable = ~np.isnan(said)
-    labels = np.array([dict(row.scores)[key] for row in known])
+    labels = np.array([labels_of(row, head, scorer.heads[head])[0][0] for row in known])
+    usable = ~(np.isnan(said) | np.isnan(labels))
     result = shortcut(features[usable], said[usable], labels[usable], [str(row.user) for row, use in zip(known, usable) if use])
     return {"features": [name.removeprefix(USER) for name in names], "rows": int(usable.sum()), **asdict(result), "share": result.share, "flagged": result.flagged}
+
+
+def _policy(scorer: RewardScorer, head: str, file: Path) -> tuple[dict[str, Any], list[str]]:
+    """Have the rewards moved on the policy's samples, and where pairs of them were judged: do the chances still hold?"""
+    reference = scorer.normalisation.get(head)
+    if reference is None:
+        raise CheckpointError(f"the checkpoint has no normalisation of head {head!r}, against which samples are held; give the run folder")
+    pairs = [row for row in read_records(file, detect(file)) if isinstance(row, PreferencePair)]
+    try:
+        shift = shift_of(scorer.score([dialogue for _, dialogue in answers_in(file) if isinstance(dialogue, Conversation)])[head], reference)
+    except ValueError as error:
+        raise DataError(f"{file}: {error}") from None
+    found: dict[str, Any] = {"file": str(file), "shift": {**asdict(shift), "flagged": shift.flagged}}
+    flagged = ["rewards of the policy's samples have moved"] if shift.flagged else []
+    if len(pairs) >= LEAST and scorer.heads[head].loss == PAIRED:
+        said = scorer.score([side for pair in pairs for side in conversations(pair)])[head].reshape(-1, 2)
+        margins = (said[:, 0] - said[:, 1])[~np.isnan(said).any(1)]
+        calibration = calibration_of(*asked_both_ways(margins))
+        found["calibration"] = {**asdict(calibration), "flagged": calibration.flagged}
+        flagged += ["calibration on the policy's samples"] if calibration.flagged else []
+    return found, flagged
 
 
 def _best_of_n(rewards: Any, rankings: Sequence[RankedResponses]) -> dict[str, Any] | None:
@@ -165,6 +202,17 @@ def show(found: dict[str, Any]) -> None:
             f"\nuser alone ({', '.join(part['features'])}): AUC {part['user']:.3f}; with the model's score of the text {part['both']:.3f}, "
             f"gain {part['gain']:+.3f} ({part['gain_interval'][0]:+.3f} to {part['gain_interval'][1]:+.3f}){'  FLAGGED' if part['flagged'] else ''}"
         )
+    if "policy" in found:
+        part = found["policy"]["shift"]
+        console.print(
+            f"\n{part['samples']} samples of the policy: rewards moved by {part['shift']:+.2f} standard deviations ({part['interval'][0]:+.2f} to {part['interval'][1]:+.2f}), "
+            f"spread {part['spread']:.2f} times the reference's{'  FLAGGED' if part['flagged'] else ''}"
+        )
+        if (part := found["policy"].get("calibration")) is not None:
+            console.print(
+                f"calibration error on {part['samples']} judged pairs of it: {part['error']:.3f}; a calibrated model's would be {part['expected']:.3f}, "
+                f"at most {part['limit']:.3f} in 99 %{'  FLAGGED' if part['flagged'] else ''}"
+            )
     if "best_of_n" in found:
         part = found["best_of_n"]
         told = ", ".join(f"{n}: {value:.3f}" for n, value in zip(part["n"], part["gold"]))

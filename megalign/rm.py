@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from megalign.batch import Batch
-from megalign.config.errors import ConfigError, Problem
 from megalign.config.schema import Recipe
 from megalign.data.judgements import build_judgements
 from megalign.losses.loss import Loss
@@ -104,12 +103,9 @@ def monitors(recipe: Recipe) -> dict[str, LengthBias]:
 
 
 def as_reward_model(recipe: Recipe) -> Recipe:
-    """No dropout (what is scored is compared), no prediction modules; rows are judgements, dealt by their length. ConfigError with adapters."""
-    if recipe.lora.rank is not None:
-        rule = "heads are trained whole, and so is the model below them here"
-        raise ConfigError([Problem("lora.rank", rule, "leave it out; a run with adapters can be model.init_from, and is merged", recipe.lora.rank)])
+    """No dropout (what is scored is compared), no prediction modules; rows are judgements, dealt by their length."""
     recipe = recipe.model_copy(deep=True)
-    recipe.model.hidden_dropout = recipe.model.attention_dropout = 0.0
+    recipe.model.hidden_dropout = recipe.model.attention_dropout = recipe.lora.dropout = 0.0
     recipe.model.mtp_num_layers = None
     recipe.data.packing = False
     return recipe

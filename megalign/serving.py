@@ -142,6 +142,8 @@ def write_hugging_face(
     model, lora = engine.recipe.model, engine.recipe.lora
     if lora.rank is None and (adapter or base is not None):
         raise CheckpointError(f"{checkpoint} holds a whole model and no adapters; leave out --{'adapter' if adapter else 'base'}")
+    if adapter and engine.heads:
+        raise CheckpointError(f"{checkpoint} is a reward model, whose heads ({', '.join(engine.heads)}) are whole weights and no adapters; leave out --adapter, and all is merged")
     if adapter:
         save_adapter(folder, engine.models, model, lora, engine.grid, int(model.vocab_size or 0), getattr(torch, dtype))
         if world.rank == 0:

@@ -13,7 +13,7 @@ from megalign.config.schema import HeadConfig, Recipe
 OPTIONS: dict[str, tuple[str, ...]] = {
     "bradley_terry": ("label_smoothing", "margin", "centering"),
     "regression": ("scale",),
-    "binary": (),
+    "binary": ("within",),
     "classification": ("classes", "label_smoothing"),
     "ordinal": ("classes",),
     "exponential": (),

@@ -361,6 +361,7 @@ class HeadConfig(Section):
     margin: float = Field(default=0.0, ge=0, description="bradley_terry: times a row's own margin, what the chosen answer must lead by")
     centering: float = Field(default=0.0, ge=0, description="bradley_terry: weight of (r_chosen + r_rejected)^2; TRL's center_rewards_coefficient")
     scale: Literal["linear", "log1p"] = Field(default="linear", description="regression: of the labels; log1p for counts (turns to come)")
+    within: float | None = Field(default=None, gt=0, description="binary: the label is a time, and true where the event came within this; unknown where it was censored before")
 
 
 class RewardConfig(Section):

@@ -104,7 +104,7 @@ def _checked(row: Judgement, heads: Heads) -> Judgement | BadRow:
 
 def _broken_rule(value: float, observed: float, head: HeadConfig) -> str | None:
     if head.loss == "binary" and value not in (0, 1):
-        return "true and false"
+        return "true and false" if head.within is None else "times above 0 (within is given)"
     if head.classes is not None and (value != int(value) or not 0 <= value < head.classes):
         return f"whole numbers from 0 to {head.classes - 1}"
     if head.loss in TIMES and not (value > 0 and observed in (0, 1)):
@@ -121,12 +121,20 @@ def labels_of(row: Judgement, name: str, head: HeadConfig) -> list[tuple[float, 
         known = dict(row.scores)
         if head.loss == PAIRED:
             return [(nothing, 1.0)]
-        return [(known.get(key, nothing), known.get(key + OBSERVED, 1.0))]
+        value, observed = known.get(key, nothing), known.get(key + OBSERVED, 1.0)
+        return [(value if head.within is None else came_within(value, bool(observed), head.within), observed)]
     if head.loss == PAIRED:
         better = dict(row.labels).get(key, nothing) if row.labels else 1.0
         return [(float(np.sign(better)) or nothing, 1.0)] * 2
     scores = (row.chosen.score, row.rejected.score)  # of the answers themselves, where the file has them
     return [(nothing if key != "score" or score is None else score, 1.0) for score in scores]
+
+
+def came_within(time: float, observed: bool, limit: float) -> float:
+    """1 where the event came by `limit`, 0 where it had not come then, NaN where nobody looked that long; a time that is none as it is."""
+    if not time > 0:
+        return -1.0 if time <= 0 else math.nan
+    return 0.0 if time > limit else 1.0 if observed else math.nan
 
 
 def conversations(row: Judgement) -> list[Conversation]:
@@ -163,7 +171,7 @@ class EncodedRows:
 def encode_judgements(source: Source, tokenizer: Tokenizer, data: DataConfig, heads: Heads, folder: Path) -> EncodedRows:
     """The tokens of a source of judgements, from the cache or made once."""
     options = data.model_copy(update={"truncation": "drop"})
-    key = entry_key("judged", heads={name: head.model_dump(include={"loss", "label", "classes", "scale"}) for name, head in heads.items()}, **encode_key(source, tokenizer, options, folder))
+    key = entry_key("judged", heads={name: head.model_dump(include={"loss", "label", "classes", "scale", "within"}) for name, head in heads.items()}, **encode_key(source, tokenizer, options, folder))
 
     def write(part: Path) -> None:
         with open(part / "facts.jsonl", "w") as file:

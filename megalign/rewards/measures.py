@@ -80,6 +80,13 @@ def calibration_error(probabilities: np.ndarray, labels: np.ndarray, *, bins: in
     return sum(abs(mean - share) * count for mean, share, count in reliability(probabilities, labels, bins=bins)) / max(1, len(labels))
 
 
+def asked_both_ways(margins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(chances, labels) from margins of the better answer: every other time it is asked whether the worse one is better."""
+    better = np.arange(len(margins)) % 2 == 0
+    asked = np.where(better, margins, -margins)
+    return 0.5 * (1 + np.tanh(asked / 2)), better.astype(float)
+
+
 def concordance(predicted: np.ndarray, times: np.ndarray, observed: np.ndarray) -> float:
     """Harrell's C: of pairs whose order is known in spite of censoring, the share predicted in it, ties half."""
     comparable = (times[:, None] < times[None, :]) & observed.astype(bool)[:, None]
@@ -102,17 +109,15 @@ def measure_pairs(margins: np.ndarray, longer: np.ndarray) -> dict[str, Any]:
     Calibration is of sigma(margin) as the probability that an answer of the two, drawn at random, is the better one.
     """
     right = int((margins > 0).sum()) + 0.5 * int((margins == 0).sum())
-    sides = np.arange(len(margins)) % 2 == 0  # which answer is asked about: every other time the worse
-    asked = np.where(sides, margins, -margins)
-    chances = 0.5 * (1 + np.tanh(asked / 2))
+    chances, said = asked_both_ways(margins)
     return {
         "pairs": len(margins),
         "accuracy": right / len(margins),
         "accuracy_interval": list(wilson(right, len(margins))),
         "margin": float(margins.mean()),
         "margin_std": float(margins.std()),
-        "calibration_error": calibration_error(chances, sides.astype(float)),
-        "reliability": reliability(chances, sides.astype(float)),
+        "calibration_error": calibration_error(chances, said),
+        "reliability": reliability(chances, said),
         "length_only_accuracy": float(((longer > 0) + 0.5 * (longer == 0)).mean()),
         "length_correlation": pearson(margins, longer.astype(np.float64)) if len(margins) > 1 else math.nan,
     }

@@ -213,6 +213,7 @@ CASES = [
     ("adapters", "kto.reference=base", 1, "kto.reference", "it has none: lora.rank is null; give lora.rank, or choose cached or model", "lora.rank=2"),
     ("reward_heads", "rm.heads.a.loss=ordinal", 1, "rm.heads", "loss ordinal of head 'a' must know how many classes there are; give rm.heads.a.classes", "rm.heads.a.classes=5"),
     ("reward_heads", "rm.heads.a.scale=log1p", 1, "rm.heads", "rm.heads.a.scale is log1p, and loss bradley_terry has no such option", "rm.heads.a.loss=regression"),
+    ("reward_heads", "rm.heads.a.within=1", 1, "rm.heads", "rm.heads.a.within is 1.0, and loss bradley_terry has no such option", "rm.heads.a.loss=binary"),
     ("reward_heads", "rm.heads.a.label_smoothing=0.6", 1, "rm.heads", "rm.heads.a.label_smoothing is 0.6: from 0.5 on", "rm.heads.a.label_smoothing=0.1"),
     ("reward_heads", "rm.heads.a.weight=0", 1, "rm.heads", "no head has a weight above 0", "rm.heads.a.weight=1"),
     ("preference", "dpo.label_smoothing=0.1", 1, "dpo.label_smoothing", "dpo.loss sigmoid has no such option", "dpo.loss=cdpo"),

@@ -55,16 +55,41 @@ def score(jobs: list[tuple[str, str, list[str], str]]) -> list[str]:
     return failures
 
 
-def audit(jobs: list[tuple[str, str | None, str | None, str]]) -> list[str]:
-    """`megalign rm audit` of (checkpoint, file, head, output): what it raises."""
+def merged(run: str, file: str, folder: str) -> tuple[list[list[int]], list[float], str]:
+    """(tokens of the answers that fit, their values with the adapters on, why they cannot be exported alone); and the export, merged."""
+    from megalign.data.rows import Conversation, Example
+    from megalign.parallel.grid import destroy_grid
+    from megalign.parallel.init import read_world
+    from megalign.scoring import RewardScorer, answers_in
+    from megalign.serving import write_hugging_face
+
+    world = read_world(os.environ)
+    scorer = RewardScorer.load(Path(run), [], world)
+    dialogues = [dialogue for _, dialogue in answers_in(Path(file)) if isinstance(dialogue, Conversation)]
+    ids = [example.input_ids for example in scorer.encode(dialogues) if isinstance(example, Example)]
+    values = scorer.values(ids)[:, 0].tolist()
+    destroy_grid()
+    refused = ""
+    try:
+        write_hugging_face(Path(run), Path(folder + "-adapter"), "float32", world, adapter=True)
+    except Exception as error:
+        refused = f"{type(error).__name__}: {error}"
+    destroy_grid()
+    write_hugging_face(Path(run), Path(folder), "float32", world)
+    destroy_grid()
+    return [one.tolist() for one in ids], values, refused
+
+
+def audit(jobs: list[tuple[Any, ...]]) -> list[str]:
+    """`megalign rm audit` of (checkpoint, file, head, output, perhaps the policy's samples): what it raises."""
     from megalign.parallel.grid import destroy_grid
     from megalign.parallel.init import read_world
     from megalign.reward_audit import audit_rewards
 
     said = []
-    for checkpoint, file, head, output in jobs:
+    for checkpoint, file, head, output, *policy in jobs:
         try:
-            audit_rewards(Path(checkpoint), Path(file) if file else None, [], read_world(os.environ), head=head, rows=30, output=Path(output))
+            audit_rewards(Path(checkpoint), Path(file) if file else None, [], read_world(os.environ), head=head, rows=30, output=Path(output), policy=Path(policy[0]) if policy else None)
             said.append("")
         except Exception as error:
             said.append(f"{type(error).__name__}: {error}")

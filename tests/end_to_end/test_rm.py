@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import rm_checks
+import torch
 from ranks import run_ranks
 from rm_checks import curve, metrics, recipe
 
@@ -38,8 +39,24 @@ def write_rows(folder: Path) -> tuple[Path, Path]:
     return pairs, labelled
 
 
+TWO = {"heads": {"quality": {"loss": "bradley_terry"}, "liked": {"loss": "bradley_terry"}}}
+
+
+def write_disagreement(folder: Path) -> Path:
+    """The pairs of `write_rows`, of which users like the other answer."""
+    file = folder / "disagree.jsonl"
+    lines = [json.loads(line) for line in (folder / "warm.jsonl").read_text().splitlines()]
+    file.write_text("".join(json.dumps({**line, "labels": {"quality": 1, "liked": -1}}) + "\n" for line in lines))
+    return file
+
+
 def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def adapted(base: Path, output: Path, **changes: Any) -> dict[str, Any]:
+    """Adapters and a head, trained on a run of supervised training; dropout is asked for, and left out."""
+    return {**recipe(output, **changes), "model": {"init_from": str(base / "sft")}, "lora": {"rank": 4, "dropout": 0.3}}
 
 
 def scores(path: Path, key: str = "rewards", head: str = "reward") -> list[float]:
@@ -64,13 +81,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {**recipe(base / "sft", train={"max_steps": 4}), "name": "sft"},
         {**recipe(base / "from-sft", **ONE_STEP), "model": {"init_from": str(base / "sft")}},
         {**recipe(base / "from-rm", **ONE_STEP, data=learn["data"]), "model": {"init_from": str(base / "long")}},
+        recipe(base / "two", rm=TWO, train=LONGER, data={"train": str(write_disagreement(base)), "max_rows": None, "validation_rows": 40}),
+        adapted(base, base / "adapted", **learn, optimizer={"lr": 5e-3}),
+        adapted(base, base / "adapted-whole", train=last),
+        adapted(base, base / "adapted-halves", **half),
+        adapted(base, base / "adapted-halves", train=last),
+        {**recipe(base / "from-adapted", **ONE_STEP, data=learn["data"]), "model": {"init_from": str(base / "adapted")}},
     ]
     assert run_ranks(rm_checks.train_all, 1, runs, timeout=400)[0] == [""] * len(runs)
     pairs = base / "pairs.jsonl"
     said = [("Yes, gladly.", "No."), ("The fox lives in the forest.", "Forest the in."), ("x " * 900, "short")]
     pairs.write_text("".join(json.dumps({"prompt": f"Question {n}", "chosen": a, "rejected": b}) + "\n" for n, (a, b) in enumerate(said)))
     jobs = [(str(base / "long"), str(pairs), [], str(base / "scored.jsonl")), (f"{base / 'long'},{base / 'other'}", str(pairs), [], str(base / "both.jsonl"))]
-    assert run_ranks(rm_checks.score, 1, jobs)[0] == ["", ""]
+    jobs.append((str(base / "adapted"), str(pairs), [], str(base / "adapted.jsonl")))
+    assert run_ranks(rm_checks.score, 1, jobs)[0] == [""] * 3
     return base
 
 
@@ -131,6 +155,65 @@ def test_answers_are_scored_and_what_does_not_fit_is_said(folder: Path):
     assert all("error" not in row for row in found[:4]) and len({row["rewards"]["reward"] for row in found[:4]}) == 4
 
 
+def test_quality_and_what_users_like_are_two_rewards(folder: Path):
+    """R8: where they disagree on every pair, each head ranks by its own judges."""
+    found = {name: entry["held_out"] for name, entry in json.loads((folder / "two" / "rewards.json").read_text())["heads"].items()}
+    assert found["quality"]["pairs"] == found["liked"]["pairs"] == 40
+    assert found["quality"]["accuracy"] > 0.9 and found["liked"]["accuracy"] > 0.9
+    pair = rows(folder / "two" / "samples.jsonl")[0]
+    assert pair["chosen"]["reward"] > pair["rejected"]["reward"], "the first head's"
+
+
+def test_returns_are_learnt_on_other_users_and_later_days(tmp_path: Path):
+    """R12: a user comes back sooner to warm answers; judged on users and days of which nothing was trained on, against the base rate."""
+    from megalign.data.user_split import DAY, split_file
+
+    numbers, end = np.random.default_rng(5), 60.0
+    lines = []
+    for number in range(1500):
+        warm, day = int(numbers.integers(0, 7)), float(numbers.random() * end)
+        gap = float(numbers.exponential(0.4 if warm > 3 else 9.0)) + 1e-3
+        said = numbers.permutation([*numbers.choice(WARM, warm), *numbers.choice(COLD, 6 - warm)])
+        told = {"time": min(gap, end - day), "observed": gap <= end - day}
+        lines.append({"prompt": f"Say {number}", "completion": " ".join(said) + ".", "user": f"u{numbers.integers(0, 80)}", "time": day * DAY, "labels": {"gap": told}})
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    split = split_file(tmp_path / "log.jsonl", tmp_path / "split", share=0.3, horizon_days=7)
+    heads = {"day": {"loss": "binary", "label": "gap", "within": 1.0}, "week": {"loss": "binary", "label": "gap", "within": 7.0}}
+    data = {name: str(tmp_path / "split" / f"{name}.jsonl") for name in ("train", "validation")}
+    run = recipe(tmp_path / "run", rm={"heads": heads}, train={**LONGER, "max_steps": 60}, data={**data, "max_rows": None, "max_bad_share": 0.1})
+    assert run_ranks(rm_checks.train_all, 1, [run])[0] == [""]
+    labels = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert labels["train"]["labels"] == {"day": len(split.train), "week": len(split.train)}, "the horizon leaves no label open"
+    known = labels["validation"]["labels"]
+    assert known["week"] < known["day"] < len(split.validation), "of the last days nobody knows yet"
+    found = {name: entry["held_out"] for name, entry in json.loads((tmp_path / "run" / "rewards.json").read_text())["heads"].items()}
+    for name in ("day", "week"):
+        assert found[name]["rows"] == known[name] and found[name]["auc_interval"][0] > 0.6, found[name]
+    assert found["day"]["auc"] > 0.8 and found["day"]["accuracy"] > found["day"]["base_rate"]
+
+
+def test_adapters_under_a_reward_model(folder: Path):
+    """They learn, resume exactly, leave the model alone, and go on as a merged one."""
+    found = json.loads((folder / "adapted" / "rewards.json").read_text())["heads"]["reward"]["held_out"]
+    assert found["accuracy"] > 0.9 and found["pairs"] == 40
+    assert curve(folder / "adapted-whole", *NAMES) == curve(folder / "adapted-halves", *NAMES) and len(curve(folder / "adapted-whole", "loss")) == 6
+    (told,) = [line["message"] for line in metrics(folder / "adapted", "event") if line["event"] == "adapters"]
+    assert "parameters of rank 4 are trained" in told and "the model is frozen" in told
+    assert curve(folder / "from-adapted", "loss")[0][1] < 0.35, "adapters merged, head kept"
+
+
+def test_a_merged_reward_model_is_that_with_adapters(folder: Path, tmp_path: Path):
+    """transformers' rewards of the exported folder equal ours with the adapters on; adapters alone would lack the head."""
+    from transformers import AutoModelForSequenceClassification
+
+    ids, values, refused = run_ranks(rm_checks.merged, 1, str(folder / "adapted"), str(folder / "pairs.jsonl"), str(tmp_path / "hf"))[0]
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf", dtype=torch.float32, num_labels=1)
+    with torch.no_grad():
+        theirs = [loaded(torch.tensor([document])).logits[0, 0].item() for document in ids]
+    assert len(theirs) == 5 and values == pytest.approx(theirs, rel=1e-4, abs=1e-5) and np.std(values) > 0.05
+    assert refused.startswith("CheckpointError") and "whole weights and no adapters; leave out --adapter" in refused
+
+
 def test_an_ensemble_is_pessimistic(folder: Path):
     """mean - alpha std of normalised rewards, population standard deviation (R15)."""
     both = rows(folder / "both.jsonl")[:4]
@@ -149,6 +232,7 @@ def test_layouts_of_whole_runs(folder: Path, tmp_path: Path):
         recipe(tmp_path / "tp2-halves", parallel=TP2),
         recipe(tmp_path / "pp2", parallel=PP2),
         recipe(tmp_path / "dp2", train={"micro_batch_size": 2}),
+        adapted(folder, tmp_path / "tp2-adapted", parallel=TP2),
         {**recipe(tmp_path / "pp2-from-sft", parallel=PP2, **ONE_STEP), "model": {"init_from": str(folder / "sft")}},
     ]
     assert run_ranks(rm_checks.train_all, 2, runs)[0] == [""] * len(runs)
@@ -157,10 +241,14 @@ def test_layouts_of_whole_runs(folder: Path, tmp_path: Path):
     for name in ("tp2", "pp2", "dp2"):
         for ours, theirs in zip(curve(tmp_path / name, *NAMES), alone, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-3, abs=2e-4), name
+    for ours, theirs in zip(curve(tmp_path / "tp2-adapted", *NAMES), curve(folder / "adapted-whole", *NAMES), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=2e-4)
     assert curve(tmp_path / "pp2-from-sft", "loss")[0] == pytest.approx(curve(folder / "from-sft", "loss")[0], rel=1e-5)
     ways = {"tp2": ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"], "pp2": ["parallel.pipeline_model_parallel_size=2"], "cp2": ["parallel.context_parallel_size=2"], "dp2": []}
     jobs = [(str(folder / "long"), str(folder / "pairs.jsonl"), way, str(tmp_path / f"{name}.jsonl")) for name, way in ways.items()]
+    jobs.append((str(folder / "adapted"), str(folder / "pairs.jsonl"), ways["tp2"], str(tmp_path / "adapted.jsonl")))
     assert run_ranks(rm_checks.score, 2, jobs)[0] == [""] * len(jobs)
+    assert scores(tmp_path / "adapted.jsonl")[:4] == pytest.approx(scores(folder / "adapted.jsonl")[:4], rel=1e-4, abs=1e-5)
     for name in ways:
         assert scores(tmp_path / f"{name}.jsonl")[:4] == pytest.approx(scores(folder / "scored.jsonl")[:4], rel=1e-4, abs=1e-5), name
 
@@ -174,14 +262,12 @@ def test_mistakes_are_told(folder: Path, tmp_path: Path):
         recipe(tmp_path / "b", data={"train": str(labelled), "max_rows": None}),
         recipe(tmp_path / "c", data={"train": str(folder / "warm.jsonl"), "max_rows": None}, rm={"heads": {"reward": {}, "gap": {"loss": "weibull"}}}),
         {**recipe(tmp_path / "d"), "model": {"init_from": str(folder / "long"), "hidden_size": 64}},
-        {**recipe(tmp_path / "e"), "model": {"init_from": str(folder / "sft")}, "lora": {"rank": 4}},
     ]
-    heads, classes, no_pair, no_label, shape, adapters = run_ranks(rm_checks.train_all, 1, runs)[0]
+    heads, classes, no_pair, no_label, shape = run_ranks(rm_checks.train_all, 1, runs)[0]
     assert heads.startswith("RunError") and "has other heads" in heads
     assert classes.startswith("DataError") and "3 of 8 rows are unusable" in classes and "label 'stars' is 5: head stars is ordinal, which takes whole numbers from 0 to 4" in classes
     assert no_pair.startswith("DataError") and "no head of rm.heads (reward: bradley_terry) learns from this row: its labels are stars" in no_pair
     assert no_label.startswith("DataError") and "no row with a label 'gap'" in no_label
-    assert adapters.startswith("ConfigError") and "lora.rank=4: heads are trained whole" in adapters
     assert shape.startswith("ConfigError") and "model.hidden_size=64" in shape
     jobs = [(str(folder / "sft"), str(folder / "pairs.jsonl"), [], "x"), (f"{folder / 'long'},{folder / 'from-rm' / 'checkpoints' / 'nowhere'}", str(folder / "pairs.jsonl"), [], "x")]
     speaks, nowhere = run_ranks(rm_checks.score, 1, jobs)[0]
@@ -212,6 +298,24 @@ def test_audit_has_a_part_for_each_kind_of_row(folder: Path, tmp_path: Path):
     best = found["ranked"]["best_of_n"]
     assert best["n"] == [1, 2, 4] and best["gold"][0] == pytest.approx(np.mean(scores), abs=1e-6) and best["gold"][2] <= np.max(scores, 1).mean() + 1e-9
     assert "give one: megalign rm audit CHECKPOINT FILE" in said[3] and "the model has reward, right, words" in said[4]
+
+
+def test_the_policy_leaves_what_the_model_knows(folder: Path, tmp_path: Path):
+    """R18: answers like those it was measured on raise no alarm; ones pushed by the reward, and judges who no longer agree, do."""
+    lines = rows(folder / "warm.jsonl")[-40:]
+    same, pushed, disagreed = (tmp_path / f"{name}.jsonl" for name in ("same", "pushed", "disagreed"))
+    same.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    pushed.write_text("".join(json.dumps({"prompt": line["prompt"], "completion": " ".join(WARM) + ".", "label": True}) + "\n" for line in lines))
+    disagreed.write_text("".join(json.dumps({**line, "chosen": line["rejected"], "rejected": line["chosen"]} if n % 2 else line) + "\n" for n, line in enumerate(lines)))
+    jobs = [(str(folder / "long"), None, None, str(tmp_path / f"{file.stem}.json"), str(file)) for file in (same, pushed, disagreed)]
+    said = run_ranks(rm_checks.audit, 1, jobs)[0]
+    found = {name: json.loads((tmp_path / f"{name}.json").read_text())["policy"] for name in ("same", "pushed", "disagreed")}
+    assert not found["same"]["shift"]["flagged"] and found["same"]["shift"]["shift"] == pytest.approx(0, abs=1e-5) and found["same"]["shift"]["samples"] == 80
+    assert found["pushed"]["shift"]["flagged"] and found["pushed"]["shift"]["shift"] > 0.5 and "calibration" not in found["pushed"]
+    assert said[1] == "AuditFailed: flagged: rewards of the policy's samples have moved"
+    assert not found["disagreed"]["shift"]["flagged"] and found["disagreed"]["calibration"]["flagged"]
+    assert said[2] == "AuditFailed: flagged: calibration on the policy's samples"
+    assert found["same"]["calibration"]["samples"] == 40
 
 
 def test_shorter_is_better_is_learnt_and_the_audit_says_so(tmp_path: Path):

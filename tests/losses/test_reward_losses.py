@@ -49,6 +49,17 @@ def test_bradley_terry_options():
     assert halved.sum.item() == pytest.approx(plain.sum.item() / 2) and float(halved.count) == 1.0
 
 
+def test_constants_of_a_prompt_cancel():
+    """R14, of pairs: what is added to both answers of a prompt (its difficulty, its user) changes neither loss nor gradient."""
+    chosen, rejected, constant = numbers(2.5, 0.0), numbers(1.0, 1.0), numbers(7.0, -30.0)
+    gradients = []
+    for offset in (torch.zeros(2), constant):
+        free = (chosen + offset).requires_grad_()
+        bradley_terry_loss(free, rejected + offset).sum.backward()
+        gradients.append((float(bradley_terry_loss(free.detach(), rejected + offset).sum), free.grad))
+    assert gradients[0][0] == pytest.approx(gradients[1][0], rel=1e-12) and torch.allclose(gradients[0][1], gradients[1][1], rtol=1e-12)  # pyright: ignore
+
+
 def test_ordinal_probabilities_sum_to_one_and_follow_the_formula():
     scores, thresholds = numbers(-3.0, 0.2, 4.0), ordered_thresholds(numbers(-1.0, 0.5, -2.0))
     assert (thresholds.diff() > 0).all()

@@ -8,6 +8,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from lora_checks import fill_b
 
 from megalign.batch import Batch, collate
 from megalign.config.schema import Recipe
@@ -47,10 +48,10 @@ def microbatches(count: int) -> list[Batch]:
     return batches
 
 
-def steps(cases: list[dict[str, Any]], exact: bool = False, spoil: str | None = None) -> list[dict[str, Any]]:
-    """`step` of several recipes, one after the other in one launch. exact: in float64. spoil: declare heads so."""
+def steps(cases: list[dict[str, Any]], spoil: str | None = None) -> list[dict[str, Any]]:
+    """`step` of several recipes, one after the other in one launch. spoil: declare heads so."""
     with mock.patch("megalign.models.heads.declare", _declared_as(spoil)) if spoil else mock.MagicMock():
-        return [step(case, exact) for case in cases]
+        return [step(case) for case in cases]
 
 
 def _declared_as(tensor: str) -> Any:
@@ -63,12 +64,8 @@ def _main_grad(parameter: Any) -> torch.Tensor:
     return parameter.main_grad
 
 
-def _grad(parameter: Any) -> torch.Tensor:
-    return parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
-
-
-def step(case: dict[str, Any], exact: bool) -> dict[str, Any]:
-    """Means, full gradients and the values of every document."""
+def step(case: dict[str, Any]) -> dict[str, Any]:
+    """Means, full gradients in FP32 and in FP64, and the values of every document."""
     import os
 
     from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
@@ -91,10 +88,52 @@ def step(case: dict[str, Any], exact: bool) -> dict[str, Any]:
     share = len(everything) // grid.data.size
     mine = everything[grid.data.rank * share : (grid.data.rank + 1) * share]
     objective = reward_objective(recipe, grid)
+    if recipe.lora.rank is not None:
+        fill_b(engine)
     zero_gradients(engine.chunks, engine.optimizer)
     sums, _ = engine._run(mine, objective, forward_only=False)
-    grads = {name: full.double().clone() for name, full in stream_full(engine.chunks, grid, value=_main_grad)}
+    grads = {name: full.double().clone() for name, full in stream_full(engine.chunks, grid, value=_main_grad, only=trained_by(recipe))}
     scored = engine.score(mine, lambda output, batch: document_values(output, batch, grid))
     dtypes = {values.dtype for values in scored}
+    double = in_float64(engine, mine, objective)
     destroy_grid()
-    return {"means": sums.means(), "count": sums.count, "grads": grads, "values": [values.tolist() for values in scored], "dtypes": [str(d) for d in dtypes]}
+    return {
+        "means": sums.means(), "count": sums.count, "grads": grads, "double": double, "values": [values.tolist() for values in scored],
+        "dtypes": [str(d) for d in dtypes],
+    }  # fmt: skip
+
+
+def in_float64(engine: Any, mine: list[Batch], objective: Any) -> dict[str, torch.Tensor]:
+    """Full gradients of the same step on an FP64 copy of the model, hooked and reduced like the model itself."""
+    from megalign.models.forward import head_values
+    from megalign.models.weights import named_parameters, stream_full
+    from megalign.parallel.audit.probe import in_double, kept_in_double
+    from megalign.parallel.optimizer import wrap_data_parallel
+    from megalign.parallel.placement import place
+    from megalign.parallel.reduction import attach
+    from megalign.parallel.schedule import forward_backward
+    from megalign.trainer.objective import denominators, scalar_and_sums
+
+    grid = engine.grid
+    models = in_double(engine.models, grid)
+    named: Any = [(name, parameter) for name, parameter, _ in named_parameters(models, grid)]
+    placements = place(models, named, grid, hooks=engine.recipe.parallel.reduce_in_backward)
+    chunks = wrap_data_parallel(models, models[0].config, use_distributed_optimizer=False, grad_reduce_in_fp32=False)
+    attach(chunks, placements, grid)
+    objective.prepare(mine)
+    counts = denominators(mine, objective.count, 0, grid)
+
+    def forward_step(chunk: Any, batch: Batch) -> Any:
+        return head_values(chunk, batch, grid), lambda output: scalar_and_sums(objective.loss(output, batch), [], counts, 0.0, len(mine), grid)
+
+    with kept_in_double():
+        forward_backward(chunks, mine, forward_step, grid=grid, tokens_per_microbatch=len(mine[0].tokens))
+    return {name: full.clone() for name, full in stream_full(chunks, grid, value=_main_grad, only=trained_by(engine.recipe))}
+
+
+def trained_by(recipe: Recipe) -> Any:
+    """Under LoRA the adapters and the heads; else everything."""
+    from megalign.models.heads import is_head
+    from megalign.parallel.lora import is_adapter
+
+    return lambda name: recipe.lora.rank is None or is_adapter(name) or is_head(name)
