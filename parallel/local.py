@@ -24,6 +24,7 @@ from typing import Any
 from megalign.parallel.preempt import MARKER, PREEMPTED, preempted_step
 
 LAUNCHER = "MEGALIGN_LAUNCHER_PID"
+RUN_ID = "megalign"  # by which a rank knows that `launch` started it, and not a torchrun of the user's
 # What a rank reports when another one died.
 _ECHO = re.compile(
     r"closed by peer|Connection reset|Broken pipe|Socket Timeout|Connection refused|NCCL (error|communicator)|"
@@ -75,7 +76,7 @@ def launch(arguments: Sequence[str], ranks: int, log_folder: Path) -> int:
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=ranks,
-        run_id="megalign",
+        run_id=RUN_ID,
         rdzv_backend="c10d",
         rdzv_endpoint="127.0.0.1:0",
         local_addr="127.0.0.1",
@@ -118,7 +119,11 @@ def describe_failure(failures: Iterable[RankFailure], ranks: int, log_folder: Pa
 
 
 def record_failure(error: BaseException, expected: bool) -> None:
-    """Leave this rank's error for the launcher (torchelastic's error file), or print it if there is none."""
+    """Leave this rank's error for the launcher (torchelastic's error file), or print it if there is none.
+
+    torchrun shows the file of every rank that failed, in a frame of its own; above it the first rank of a machine says an
+    expected error in one line.
+    """
     import time
     import traceback
 
@@ -128,7 +133,7 @@ def record_failure(error: BaseException, expected: bool) -> None:
     if path is None:
         print(f"error: {message}" if expected else f"{text}\nerror: {message}", file=sys.stderr, flush=True)
         return
-    extra = {"py_callstack": text, "timestamp": str(int(time.time())), "expected": expected, "seconds": time.time()}
+    extra = {"py_callstack": f"error: {message}" if expected else text, "timestamp": str(int(time.time())), "expected": expected, "seconds": time.time()}
     content = json.dumps({"message": {"message": message, "extraInfo": extra}})
     try:
         Path(path).write_text(content)
@@ -136,7 +141,12 @@ def record_failure(error: BaseException, expected: bool) -> None:
         Path(path).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             _elsewhere(os.environ.get(LAUNCHER, ""), os.environ.get("RANK", "0")).write_text(content)
-    print(text, file=sys.stderr if os.environ.get("LOCAL_RANK") != "0" else open(os.devnull, "w"), flush=True)
+    first, ours = os.environ.get("LOCAL_RANK") == "0", os.environ.get("TORCHELASTIC_RUN_ID") == RUN_ID
+    if expected and not ours:
+        if first:
+            print(f"error: {message}", file=sys.stderr, flush=True)
+    elif not first:  # its log; what the first rank writes is on the terminal, where `launch` says it
+        print(text, file=sys.stderr, flush=True)
 
 
 def end_with_launcher() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from megalign.parallel.init import (
@@ -11,7 +14,7 @@ from megalign.parallel.init import (
     read_world,
     tasks_on_node,
 )
-from megalign.parallel.local import RankFailure, describe_failure
+from megalign.parallel.local import RankFailure, describe_failure, record_failure
 
 
 def test_torchrun():
@@ -88,3 +91,27 @@ def test_the_first_cause_is_shown_not_its_echoes(tmp_path):
     killed = describe_failure([echo, _failure(3, "Signal 9", 3.0, exit_code=-9)], 4, tmp_path)
     assert "rank 3 of 4 was killed by SIGKILL" in killed and "Connection" not in killed
     assert describe_failure([_failure(1, "data.train: no such file", 1.0, expected=True)], 2, tmp_path) == "error: data.train: no such file"
+
+
+@pytest.mark.parametrize("run_id, rank, said", [("none", "0", "error: no such file\n"), ("none", "1", ""), ("megalign", "0", "")])
+def test_torchrun_shows_an_expected_error_without_a_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], run_id: str, rank: str, said: str
+):
+    """In one line, by the first rank of a machine; and in torchrun's frame, which prints what the file has as the call stack."""
+    file = tmp_path / "error.json"
+    for name, value in (("TORCHELASTIC_ERROR_FILE", str(file)), ("TORCHELASTIC_RUN_ID", run_id), ("LOCAL_RANK", rank)):
+        monkeypatch.setenv(name, value)
+    record_failure(ValueError("no such file"), expected=True)
+    assert capsys.readouterr().err == said
+    assert json.loads(file.read_text())["message"]["extraInfo"]["py_callstack"] == "error: no such file"
+
+
+def test_torchrun_shows_the_traceback_of_what_nobody_expected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    file = tmp_path / "error.json"
+    for name, value in (("TORCHELASTIC_ERROR_FILE", str(file)), ("TORCHELASTIC_RUN_ID", "none"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    try:
+        raise ValueError("a bug")
+    except ValueError as error:
+        record_failure(error, expected=False)
+    assert "Traceback" in capsys.readouterr().err and "Traceback" in json.loads(file.read_text())["message"]["extraInfo"]["py_callstack"]
