@@ -25,13 +25,13 @@ def data_preview(
     """Show rendered rows with the scored tokens coloured."""
     from megalign.config.load import load_recipe
     from megalign.config.schema import Recipe
-    from megalign.data.kinds import is_data
+    from megalign.data.kinds import is_data, is_data_name
     from megalign.data.preview import preview
 
     given = overrides or []
     if format != "auto":
         given = [f"data.format={format}", *given]
-    if is_data(Path(what)):
+    if is_data(Path(what)) or is_data_name(Path(what)):
         from megalign.config.load import apply_overrides
 
         recipe = apply_overrides(Recipe(), [f"data.train={what}", "data.validation_rows=0", "data.max_bad_share=1", *given])

@@ -36,7 +36,7 @@ def is_data(path: Path) -> bool:
     """Whether there is a file or a folder of a data set that `files.values` reads, by its name alone."""
     if path.is_dir():
         return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file() or bool(_files_below(path))
-    return _is_known(path) and path.is_file()
+    return is_data_name(path) and path.is_file()
 
 
 def data_files(path: Path) -> list[Path]:
@@ -80,7 +80,7 @@ def _hub_files(path: Path) -> list[Path]:
 
 def _files_below(path: Path) -> list[Path]:
     """Data files in the folder and two levels below it, but for hidden ones and those that tell about the data."""
-    found = (file for pattern in ("*", "*/*", "*/*/*") for file in path.glob(pattern) if file.is_file() and _is_known(file))
+    found = (file for pattern in ("*", "*/*", "*/*/*") for file in path.glob(pattern) if file.is_file() and is_data_name(file))
     return sorted(file for file in found if file.name.lower() not in _FACTS and not any(part.startswith(".") for part in file.relative_to(path).parts))
 
 
@@ -94,7 +94,8 @@ def _split_of(file: Path) -> str:
     return "train"
 
 
-def _is_known(path: Path) -> bool:
+def is_data_name(path: Path) -> bool:
+    """Whether a file of this name would be data, be there one or not."""
     try:
         return kind(path) in KINDS
     except DataError:

@@ -52,6 +52,11 @@ def test_preview_of_a_file_with_a_format_and_a_template(pairs):
     assert "format text;" in output and "As« it is.<|endoftext|>»" in output
 
 
+def test_preview_of_a_data_file_that_is_not_there_does_not_ask_for_a_recipe():
+    with pytest.raises(DataError, match="data file 'nowhere.jsonl.gz' does not exist"):
+        call("preview", "nowhere.jsonl.gz")
+
+
 def test_a_tokenizer_is_trained_and_measured_on_text_it_has_not_seen(tmp_path):
     file = tmp_path / "a.txt"
     file.write_text("\n\n".join(TEXTS), encoding="utf-8")
