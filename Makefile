@@ -7,7 +7,7 @@
 #   ARGS="key=value ..." quickstart: changes to the recipe, e.g. data.validation_rows=20 for a small file
 #
 # make quickstart, seconds of each stage on 2 cores (README has the table): install, train to the half and be killed,
-# resume and finish with answers, report.
+# resume and finish with answers and report, learn from pairs.
 
 PYTHON ?= python3
 VENV ?= .venv

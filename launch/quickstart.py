@@ -3,7 +3,7 @@
 Stages, each timed: train to the half and be killed with kill -9; resume and finish, answer held-out prompts; learn from pairs
 (DPO) of right answers and some that break the rules; check. Exit code 0 only if the resumed losses are bitwise those of the run
 before it was killed, every expert has work, and (on the built-in dialogues) at least 80 % of the held-out prompts are answered
-word for word, and as many of the held-out pairs ranked as judged.
+word for word and at least 90 % of the held-out pairs ranked as judged.
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ def show_pairs() -> None:
             for side in ("chosen", "rejected"):
                 console.print(f"  {side:>9}: {pair[side]['text'][:300]}  (reward {pair[side]['reward']:+.2f})", markup=False)
     if last["eval_rewards/accuracies"] < 0.9:
-        fail(f"{last['eval_rewards/accuracies']:.0%} of the held-out pairs are ranked as judged, below 80 %")
+        fail(f"{last['eval_rewards/accuracies']:.0%} of the held-out pairs are ranked as judged, below 90 %")
 
 
 def audited() -> str:
