@@ -45,12 +45,12 @@ def found(world: int) -> dict[str, dict[str, Any]]:
 def test_every_kind_of_copy_equals_one_process(world: int, name: str):
     result, expected = found(world)[name], oracle("no sequence" in name)
     assert result["spread"] == 0, "copies hold different gradients"
-    assert result["losses"] == pytest.approx(expected["losses"], rel=2e-6)
-    assert result["norm"] == pytest.approx(expected["norm"], rel=1e-5)
+    assert result["losses"] == pytest.approx(expected["losses"], rel=1e-6)
+    assert result["norm"] == pytest.approx(expected["norm"], rel=1e-6)
     assert result["grads"].keys() == expected["grads"].keys()
     for key, gradient in expected["grads"].items():
-        off = float((result["grads"][key] - gradient).abs().max() / gradient.abs().max())
-        assert off <= 2e-5, f"{key}: {off:.2e}"
+        off = float((result["grads"][key] - gradient).abs().max() / (1e-5 * gradient.abs().max() + 1e-9))
+        assert off <= 1, f"{key}: {off:.2f} times P13's tolerance"
 
 
 @pytest.mark.parametrize("world, name", [*((2, name) for name in TWO), *((4, name) for name in FOUR)])
