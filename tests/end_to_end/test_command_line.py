@@ -83,6 +83,30 @@ def test_dry_run_makes_no_weights_and_no_folder(tmp_path: Path):
     assert not (tmp_path / "run").exists()
 
 
+def test_dry_run_needs_no_weights(tmp_path: Path):
+    """An 8B model of which there is the configuration and a tokenizer: its 8.03 billion parameters are counted, none is there to be read."""
+    from transformers import LlamaConfig
+
+    done = megalign("data", "tokenizer", str(write_text(tmp_path)), "--vocab-size", "300", "--output", str(tmp_path / "hf"))
+    assert done.returncode == 0, done.stderr
+    LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, tie_word_embeddings=False,
+    ).save_pretrained(tmp_path / "hf")  # fmt: skip
+    assert not list((tmp_path / "hf").glob("*.safetensors"))
+    done = megalign("sft", "sft-from-hf", f"model.init_from={tmp_path / 'hf'}", "data.max_rows=120", f"output={tmp_path / 'run'}", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "8.03" in done.stdout and not (tmp_path / "run").exists()
+
+
+def write_text(folder: Path) -> Path:
+    """Eight documents of plain text."""
+    (folder / "a.txt").write_text("\n\n".join(DOCUMENTS))
+    return folder / "a.txt"
+
+
+DOCUMENTS = [f"The fox number {n} lives at harbour {n * 7 % 13}, and sleeps {'well ' * (n % 4)}there." for n in range(8)]
+
+
 def test_a_killed_rank_loses_nothing_and_leaves_no_orphan(tmp_path: Path):
     """kill -9 of one of two ranks: one message, exit code 1, all processes gone, the checkpoint good, and then resumed."""
     output = tmp_path / "run"
@@ -120,6 +144,23 @@ def test_ctrl_c_ends_all_ranks(tmp_path: Path, ranks: int):
     assert not psutil.wait_procs(family, timeout=10)[1], "orphans"
     for checkpoint in list_checkpoints(output / "checkpoints"):
         verify(checkpoint)
+
+
+def test_pretrain_scores_every_token_of_plain_text(tmp_path: Path):
+    """One step is the whole text: by the run's own tokenizer, read by transformers, a token each and the end of each document."""
+    from transformers import AutoTokenizer
+
+    more = ["data.validation_rows=2", "data.packing=false", "train.global_batch_size=6", "train.max_steps=30", "train.save_interval=null", "train.sample_prompts=0"]
+    done = megalign("pretrain", "sft-dense", *TINY, f"data.train={write_text(tmp_path)}", f"output={tmp_path / 'run'}", "optimizer.lr=5e-3", *more)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    first, *_, last = [row for row in rows if row["kind"] == "train"]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "tokenizer")
+    tokens = sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) + 1 for text in DOCUMENTS[:6])
+    told = json.loads((tmp_path / "run" / "data.json").read_text())["train"]
+    assert first["num_tokens"] == tokens and told["scored_tokens"] == tokens - 6  # nothing predicts a document's first
+    assert 0 < last["loss"] < first["loss"] - 1
+    assert "loss_on: all" in (tmp_path / "run" / "recipe.yaml").read_text()
 
 
 def test_train_chat_convert_and_start_from_the_result(tmp_path: Path):

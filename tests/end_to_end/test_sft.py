@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import sft_checks
 from ranks import run_ranks
 from sft_checks import MOE_4, curve, metrics, recipe
 
-from megalign.parallel.checkpoint import list_checkpoints
+from megalign.parallel.checkpoint import CheckpointError, list_checkpoints, previous_good, verify
 
 EXACT = ("loss", "grad_norm", "learning_rate", "num_tokens", "epoch", "load_balancing_loss")
 
@@ -60,6 +62,25 @@ def test_a_checkpoint_continues_on_another_layout(tmp_path: Path):
     losses, expected = (dict(curve(output, "loss")) for output in (moved, tmp_path / "whole"))
     assert losses[6] == pytest.approx(expected[6], rel=2e-6)
     assert losses == pytest.approx(expected, rel=2e-3)  # Adam amplifies rounding from then on (numerics of megatron.md)
+
+
+def test_the_same_checkpoint_opens_on_two_ranks_of_any_kind(tmp_path: Path):
+    """P18: what TP2 PP2 EP2 saved gives the same next loss on tensor, pipeline and expert-parallel ranks alone."""
+    saved = recipe(tmp_path / "saved", parallel=MOE_4, train={"stop_at_step": 5})
+    whole = recipe(tmp_path / "whole", parallel=MOE_4, train={"stop_at_step": 6})
+    assert run(4, sft_checks.train_all, [saved, whole]) == ["", ""]
+    layouts = {
+        "tp2": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+        "pp2": {"pipeline_model_parallel_size": 2},
+        "ep2": {"data_parallel_size": 2, "expert_model_parallel_size": 2},
+    }
+    for name in layouts:
+        shutil.copytree(tmp_path / "saved", tmp_path / name)
+    assert run(2, sft_checks.train_all, [recipe(tmp_path / name, parallel=layout, train={"stop_at_step": 6}) for name, layout in layouts.items()]) == [""] * 3
+    (*_, expected), (*_, before) = curve(tmp_path / "whole", "loss"), curve(tmp_path / "saved", "loss")
+    assert abs(expected[1] - before[1]) > 1e-3  # or an old loss would pass for the next one
+    for name in layouts:
+        assert curve(tmp_path / name, "loss")[5:] == [(6, pytest.approx(expected[1], rel=2e-6))], name
 
 
 def test_accumulation_equals_the_full_batch(tmp_path: Path):
@@ -150,6 +171,23 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_offered(tmp_path:
     message = run(1, sft_checks.train, {**first, "train": {**first["train"], "max_steps": 6}})
     assert message.startswith("CheckpointError") and str(shard) in message and "corrupted" in message
     assert "the last good checkpoint before it is" in message and "iter_0000002" in message
+    content[len(content) // 2] ^= 1
+    manifest, other = last / "manifest.json", list_checkpoints(tmp_path / "checkpoints")[0] / "state" / shard.name
+    damages: dict[str, Callable[[], Any]] = {
+        f"{shard.name} has {len(content) - 1} bytes, its manifest says {len(content)}: truncated": lambda: shard.write_bytes(content[:-1]),
+        f"{shard.name} (has|does not have) .*(truncated|corrupted)": lambda: shard.write_bytes(other.read_bytes()),  # of another checkpoint
+        f"{shard.name} is missing": shard.unlink,
+        "manifest.json cannot be read: its format is 'another'": lambda: manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": "another"})),
+        "manifest.json does not exist: .* is no megalign checkpoint": manifest.unlink,
+    }
+    shard.write_bytes(content)
+    verify(last)
+    for said, damage in damages.items():
+        damage()
+        with pytest.raises(CheckpointError, match=said):
+            verify(last)
+        good = previous_good(last)
+        assert good is not None and good.name == "iter_0000002"
 
 
 def test_another_model_or_other_data_or_a_strange_folder_is_refused(tmp_path: Path):
