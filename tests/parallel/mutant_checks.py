@@ -49,6 +49,7 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "stages, sharded optimizer": ("everything", PP2, {"distributed": True}),
     "biased": ("biased", TP2, {}),
     "latent": ("latent", BARE, {}),
+    "data, overlap": ("dense", {}, {"overlap": True, "bucket_size": 2000}),
 }
 
 

@@ -30,7 +30,7 @@ class Mutant:
 
 PLACEMENT, REDUCTION, LAYERS = "megalign.parallel.placement", "megalign.parallel.reduction", "megalign.parallel.layers"
 AUDIT, TRAINER = "megalign.parallel.audit", "megalign.trainer"
-TELL, ATTACH = f"{PLACEMENT}:_tell_megatron", f"{REDUCTION}:attach"
+TELL, ATTACH, WRAP = f"{PLACEMENT}:_tell_megatron", f"{REDUCTION}:attach", "megalign.parallel.optimizer:wrap_data_parallel"
 
 FLAGS = {
     "RMSNorm does not say that it sees this rank's tokens": Mutant(f"{LAYERS}:RMSNorm.__init__", "self.weight.sequence_parallel = config.sequence_parallel", "pass", "tensor"),
@@ -57,6 +57,8 @@ HOOKS = {
     "megatron's finalisation is lost": Mutant(ATTACH, "megatrons(*args, **kwargs)", "pass", "stages"),
     "stages: the sum stays on the rank": Mutant(f"{REDUCTION}:Reduction.finish_stages", "dist.all_reduce(flat, group=group)", "pass", "stages"),
     "virtual stages: one copy instead of the sum": Mutant(f"{REDUCTION}:Reduction.finish_stages", ".sum(0) for copies", "[0] for copies", "virtual stages"),
+    "megatron's finalisation is not asked for": Mutant(WRAP, "config.finalize_model_grads_func = finalize_model_grads", "pass", "megatron's sums"),
+    "overlap: the schedule is not told to mark the last microbatch": Mutant(WRAP, "config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]", "pass", "data, overlap"),
     "every microbatch counts as the last": Mutant(f"{REDUCTION}:_when_last", "if not ddp_group.is_last_microbatch:", "if False:", "tensor"),
     "a mean stays a sum": Mutant(f"{REDUCTION}:Bucket.finish", "if self.mean:", "if False:", "no sequence"),
     "a sum becomes a mean": Mutant(f"{REDUCTION}:Bucket.finish", "if self.mean:", "if True:", "tensor"),

@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 from functools import cache
+from pathlib import Path
 
 import mutant_checks
 import pytest
@@ -61,20 +62,32 @@ def test_a_mutation_changes_what_it_says(name: str):
 
 SET_ON_PARAMETERS = {"sequence_parallel", "tensor_model_parallel", "allreduce", "shared", "shared_embedding", "average_gradients_across_tp_domain", "placement"}
 SET_ON_OTHERS = {"start_grad_sync", "reset", "no_sync_func", "finalize_model_grads_func"}
-MODULES = ("parallel.placement", "parallel.reduction", "parallel.layers", "parallel.attention", "parallel.experts", "parallel.prediction", "models.build")
+MODULES = (
+    "parallel.placement", "parallel.reduction", "parallel.optimizer", "parallel.layers", "parallel.attention", "parallel.experts", "parallel.prediction",
+    "parallel.lora", "models.build", "models.heads",
+)  # fmt: skip
 # The line by which user code declares; hooks that move no gradient between ranks.
 NOT_MEANT = ("parameter.placement = Declaration(cut, gradients)", "chunk.embedding.register_forward_hook(_with_gradient)")
+# Declarations of our own models, said otherwise by a mutation there.
+ELSEWHERE = {
+    "parallel.lora": ("declare(Parameter(layer.weight.new_empty(shape)), **_lies(layer, factor))",),  # test_lora_layouts.py
+    "models.heads": ("self.weight = declare(", "declare(Parameter(torch.empty(size, dtype=dtype)), tensor="),  # test_rm_layouts.py
+}
 
 
 def flags_and_hooks(module: str) -> list[str]:
-    """Lines that set a flag by which gradients are reduced or counted, or hang a hook on something."""
-    source = inspect.getsource(importlib.import_module(f"megalign.{module}"))
+    """Lines that set a flag by which gradients are reduced or counted, declare a parameter, or hang a hook on something."""
+    return flags_and_hooks_of(inspect.getsource(importlib.import_module(f"megalign.{module}")))
+
+
+def flags_and_hooks_of(source: str) -> list[str]:
     lines = set()
     for node in ast.walk(ast.parse(source)):
         targets = node.targets if isinstance(node, ast.Assign) else []
         named = {t.attr for target in targets for t in ast.walk(target) if isinstance(t, ast.Attribute) and isinstance(t.ctx, ast.Store)}
         hook = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr.startswith("register_") and "hook" in node.func.attr
-        if isinstance(node, (ast.Assign, ast.Call)) and (named & (SET_ON_PARAMETERS | SET_ON_OTHERS) or hook):
+        declares = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "declare"
+        if isinstance(node, (ast.Assign, ast.Call)) and (named & (SET_ON_PARAMETERS | SET_ON_OTHERS) or hook or declares):
             lines.add(source.splitlines()[node.lineno - 1].split("  #")[0].strip())
     return sorted(lines)
 
@@ -83,4 +96,21 @@ def flags_and_hooks(module: str) -> list[str]:
 def test_each_flag_and_each_hook_has_its_mutation(module: str):
     taken_out = [mutant.old for mutant in MUTANTS.values() if mutant.where.startswith(f"megalign.{module}:")]
     left = [line for line in flags_and_hooks(module) if line not in NOT_MEANT and not any(line in old for old in taken_out)]
-    assert left == []
+    elsewhere = ELSEWHERE.get(module, ())
+    assert [line for line in left if not any(part in line for part in elsewhere)] == []
+    assert all(any(part in line for line in left) for part in elsewhere)
+
+
+def test_no_other_module_sets_a_flag_or_declares():
+    """Of all of ours but the ablation, whose flags are mutations themselves, and what sets them for a copy (the probe)."""
+    package = Path(importlib.import_module("megalign").__file__ or "").parent
+    files = [path for folder in (package, package.parent / "parallel") for path in folder.rglob("*.py") if not any(p.is_symlink() for p in path.parents)]
+    names = {".".join(path.relative_to(package if package in path.parents else package.parent).with_suffix("").parts) for path in files}
+    settled = {*MODULES, "parallel.unsynchronised"}
+    assert {name for name in names - settled if sets_a_flag(name)} == set()
+
+
+def sets_a_flag(module: str) -> bool:
+    """By its text: a flag of a parameter assigned, a declaration, a function of DDP or the schedule replaced."""
+    path = Path(importlib.import_module("megalign").__file__ or "").parents[0].joinpath(*module.split(".")).with_suffix(".py")
+    return any(".register_" not in line for line in flags_and_hooks_of(path.read_text()))
