@@ -103,9 +103,10 @@ def _parse(name: str, source: str) -> Choice:
     return Choice(backend, int(config or 0), source)
 
 
-def choose(operation: Operation, m: int, n: int, k: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Choice:
+def choose(operation: Operation, m: int, n: int, k: int, device: torch.device, dtype: torch.dtype = torch.bfloat16, adds: bool = False) -> Choice:
     """The rung and configuration for y [m, n] over k, or dW [n, k] over m tokens; measures if the shape is new.
 
+    adds: dW is added to a main gradient of this dtype, for which some rungs need a temporary.
     Raises Fp8Error if a rung is forced that this machine lacks.
     """
     wanted = forced()
@@ -119,7 +120,7 @@ def choose(operation: Operation, m: int, n: int, k: int, device: torch.device, d
     if device.type != "cuda" or why_not("triton", device):
         return Choice("reference", 0, "device")
     if operation in TUNED:
-        row = measured(operation, m, n, k, device, dtype)
+        row = measured(operation, m, n, k, device, dtype, adds)
         # The row is that of M rounded up; what a rung can take depends on M itself.
         for name in sorted(row.seconds, key=row.seconds.__getitem__) if row else []:
             if lacks(name.partition(":")[0], operation, m, n, k) is None:
@@ -129,27 +130,29 @@ def choose(operation: Operation, m: int, n: int, k: int, device: torch.device, d
     return Choice("triton", 0, "default")
 
 
-def key(operation: str, m: int, n: int, k: int, dtype: torch.dtype) -> str:
+def key(operation: str, m: int, n: int, k: int, dtype: torch.dtype, adds: bool = False) -> str:
     """Name of a row: M rounded up to a power of two, 64 to 65,536."""
-    return f"{operation} {min(max(64, 1 << max(m - 1, 0).bit_length()), LARGEST_TUNED)} {n} {k} {str(dtype).removeprefix('torch.')}"
+    kind = str(dtype).removeprefix("torch.") + (" added" if adds else "")
+    return f"{operation} {min(max(64, 1 << max(m - 1, 0).bit_length()), LARGEST_TUNED)} {n} {k} {kind}"
 
 
-def measured(operation: Operation, m: int, n: int, k: int, device: torch.device, dtype: torch.dtype) -> tuning.Row | None:
+def measured(operation: Operation, m: int, n: int, k: int, device: torch.device, dtype: torch.dtype, adds: bool = False) -> tuning.Row | None:
     """The table's row for a shape, measured now if it is new and may be; None if it may not."""
     place = (device.type, device.index)
     if place not in _rows:
         _rows[place] = tuning.load(tuning.table_path(device), device)
-    name = key(operation, m, n, k, dtype)
+    name = key(operation, m, n, k, dtype, adds)
     row = _rows[place].get(name)
     if row is None or not row.seconds.keys() <= known(device):  # new, or of another version
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if os.environ.get("MEGALIGN_FP8_TUNE") == "0" or capturing or torch.compiler.is_compiling():
             return None
         try:
-            _rows[place][name] = tune(operation, int(name.split()[1]), n, k, device, dtype, tuning.cuda_seconds)
+            _rows[place][name] = tune(operation, int(name.split()[1]), n, k, device, dtype, tuning.cuda_seconds, adds)
         except torch.OutOfMemoryError:  # the model fills the device: a choice is no reason to end a run
             return None
-        tuning.save(tuning.table_path(device), device, {name: _rows[place][name]})
+        if _rows[place][name].seconds:  # that nothing works here is not for every later process to inherit
+            tuning.save(tuning.table_path(device), device, {name: _rows[place][name]})
     return _rows[place][name]
 
 
@@ -185,14 +188,15 @@ def _configured(backend: str, operation: Operation) -> list[Callable[..., Tensor
     return [functools.partial(getattr(module, operation), config=config) for config in module.CONFIGS]
 
 
-def tune(operation: Operation, m: int, n: int, k: int, device: torch.device, dtype: torch.dtype, timer: tuning.Timer) -> tuning.Row:
-    """Compare and time every candidate of a shape. The comparison takes at most 384 of the M rows."""
+def tune(operation: Operation, m: int, n: int, k: int, device: torch.device, dtype: torch.dtype, timer: tuning.Timer, adds: bool = False) -> tuning.Row:
+    """Compare and time every candidate of a shape, as it is used. The comparison takes at most 384 of the M rows."""
     ways = candidates(operation, m, n, k, device)
+    main = torch.zeros(n, k, dtype=dtype, device=device) if adds else None
     with torch.no_grad():
         small, large = (_operands(operation, size, n, k, device) for size in (min(m, 384), m))
         return tuning.measure(
-            {name: functools.partial(run, *large, dtype=dtype) for name, run in ways.items()},
-            {name: functools.partial(run, *small, dtype=dtype) for name, run in ways.items()},
+            {name: functools.partial(run, *large, *([] if main is None else [main]), dtype=dtype) for name, run in ways.items()},
+            {name: lambda run=run: run(*small, *([] if main is None else [torch.zeros_like(main)]), dtype=dtype) for name, run in ways.items()},
             functools.partial(getattr(reference, operation), *small, dtype=dtype),
             timer,
         )
@@ -291,7 +295,7 @@ def matmul(x: Fp8Tensor, w: Fp8Tensor, dtype: torch.dtype = torch.bfloat16) -> T
 
 def wgrad(dy_t: Fp8Tensor, x_t: Fp8Tensor, out: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
     """dW [N, K] = dy^T [N, M] x^T[K, M]^T, added in FP32 to `out` (FP32 or BF16) in place if it is given."""
-    return _take("wgrad", dy_t.columns, dy_t.rows, x_t.rows, dy_t.device, dtype)(dy_t, x_t, out, dtype=dtype)
+    return _take("wgrad", dy_t.columns, dy_t.rows, x_t.rows, dy_t.device, dtype if out is None else out.dtype, out is not None)(dy_t, x_t, out, dtype=dtype)
 
 
 def grouped_matmul(x: Fp8Tensor, w: Fp8Tensor, layout: GroupLayout, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -306,11 +310,11 @@ def grouped_wgrad(
     return _take("grouped_wgrad", dy_t.columns, dy_t.rows, x_t.rows, dy_t.device, dtype)(dy_t, x_t, layout, out, dtype=dtype)
 
 
-def _take(operation: Operation, m: int, n: int, k: int, device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
-    asked = (operation, m, n, k, device, dtype, forced())
+def _take(operation: Operation, m: int, n: int, k: int, device: torch.device, dtype: torch.dtype, adds: bool = False) -> Callable[..., Tensor]:
+    asked = (operation, m, n, k, device, dtype, adds, forced())
     run = _taken.get(asked)
     if run is None:
-        choice = choose(operation, m, n, k, device, dtype)
+        choice = choose(operation, m, n, k, device, dtype, adds)
         run = _configured(choice.backend, operation)[choice.config]
         if choice.source != "default" or operation not in TUNED:  # a default may be measured later
             _taken[asked] = run

@@ -80,7 +80,7 @@ def save(path: Path, device: torch.device, rows: dict[str, Row]) -> None:
 
 
 def measure(candidates: dict[str, Callable[[], Tensor]], checks: dict[str, Callable[[], Tensor]], reference: Callable[[], Tensor], timer: Timer) -> Row:
-    """The fastest candidate among those whose `checks` agree with `reference`; "reference" if none does."""
+    """The fastest candidate among those whose `checks` agree with `reference`; "reference" if none does. Raises OutOfMemoryError."""
     expected = reference().float()
     seconds: dict[str, float] = {}
     out: dict[str, str] = {}
@@ -92,6 +92,8 @@ def measure(candidates: dict[str, Callable[[], Tensor]], checks: dict[str, Calla
                 out[name] = f"wrong: relative error {error:.1e}"
                 continue
             seconds[name] = timer(run)
+        except torch.OutOfMemoryError:  # the model fills the device: that says nothing of the candidate
+            raise
         except Exception as failure:  # a candidate of another machine's library may fail in any way
             out[name] = f"{type(failure).__name__}: {failure}".splitlines()[0][:200]
     return Row(min(seconds, key=lambda name: seconds[name]) if seconds else "reference", seconds, out)

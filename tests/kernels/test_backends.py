@@ -199,6 +199,13 @@ def test_the_fastest_right_candidate_is_chosen():
     assert row.out["broken"] == "RuntimeError: no kernel image is available"
     assert tuning.measure({"broken": broken}, {"broken": broken}, lambda: good, lambda run: 1.0).chosen == "reference"
 
+    def full() -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for ways, checks in (({"a": lambda: good, "full": full}, {"a": lambda: good, "full": lambda: good}), ({"full": full}, {"full": full})):
+        with pytest.raises(torch.OutOfMemoryError):  # else the row would be kept, and a model that fills the device would take the reference for ever
+            tuning.measure(ways, checks, lambda: good, lambda run: (run(), 1.0)[1])
+
 
 @pytest.mark.parametrize("operation", backends.TUNED)
 def test_tuning_compares_and_times_every_configuration(operation: backends.Operation):
@@ -214,6 +221,27 @@ def test_tuning_compares_and_times_every_configuration(operation: backends.Opera
     assert list(row.seconds) == [f"triton:{i}" for i in range(count)] and row.chosen == f"triton:{count - 1}" and not row.out
     assert sum(launch.kernel.endswith(f"{operation}_kernel") for launch in launches) == count
     assert timed[0]().shape == ((64, 136) if operation == "matmul" else (136, 200))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_that_is_added_is_measured_so(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    """A rung without accumulation pays a temporary: the two uses have rows of their own, in the type of the main gradient."""
+    with record_launches() as launches:
+        row = backends.tune("wgrad", 64, 136, 200, CPU, dtype, lambda run: (run(), 1.0)[1], True)
+    assert not row.out and len(row.seconds) == 3
+    assert [launch.constants["ACCUMULATE"] for launch in launches if launch.kernel.endswith(":wgrad_kernel")] == [True] * 6
+    hopper = Hopper(monkeypatch).device
+    asked = []
+    monkeypatch.setattr(backends, "tune", lambda *a: (asked.append((a[5], a[7])), tuning.Row("", {"triton:1" if a[7] else "scaled_mm:0": 1e-4}))[1])
+    assert backends.choose("wgrad", 8192, 4096, 4096, hopper, dtype) == backends.Choice("scaled_mm", 0, "measured")
+    assert backends.choose("wgrad", 8192, 4096, 4096, hopper, dtype, True) == backends.Choice("triton", 1, "measured")
+    assert asked == [(dtype, False), (dtype, True)]
+    taken = []
+    monkeypatch.setattr(backends, "choose", lambda *a: (taken.append(a[5:]), backends.Choice("reference", 0, "device"))[1])
+    dy_t, x_t = reference.quantise_rows(torch.randn(4, 128)), reference.quantise_rows(torch.randn(8, 128))
+    backends.wgrad(dy_t, x_t, torch.zeros(4, 8, dtype=dtype))
+    backends.wgrad(dy_t, x_t, dtype=dtype)
+    assert taken == [(dtype, True), (dtype, False)]
 
 
 def test_a_measured_shape_is_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -266,10 +294,11 @@ def test_a_device_without_room_for_tuning_takes_the_default(monkeypatch: pytest.
     assert sizes == [65536] and not backends._rows[hopper.type, hopper.index]  # and it is tried again
 
 
-def test_no_candidate_is_right(monkeypatch: pytest.MonkeyPatch):
+def test_no_candidate_is_right(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     hopper = Hopper(monkeypatch).device
     monkeypatch.setattr(backends, "tune", lambda *a: tuning.Row("reference", {}, {"triton:0": "wrong"}))
     assert backends.choose("matmul", 8192, 4096, 4096, hopper) == backends.Choice("reference", 0, "measured")
+    assert not (tmp_path / "table.json").exists()  # whatever it was, the next process tries again
 
 
 def test_a_choice_is_made_once(monkeypatch: pytest.MonkeyPatch):
@@ -344,6 +373,6 @@ def test_the_command(tmp_path: Path):
     assert shown.returncode == 0 and "256 x 128 x 512" in shown.stdout and "reference   yes" in shown.stdout
     (tmp_path / "forced.yaml").write_text("kernels: {fp8_backend: reference}\n")
     assert "forced: reference" in run("--recipe", str(tmp_path / "forced.yaml"), "256x128x512").stdout
-    for arguments, message in (("256x128",), "is not TOKENSxOUTxIN"), (("--backend", "cuda"), "'cuda' is unknown; it is auto or one of"):
+    for arguments, message in (("256x128",), "is not TOKENSxOUTxIN"), (("\u00b2x1x1",), "is not TOKENSxOUTxIN"), (("--backend", "cuda"), "'cuda' is unknown; it is auto or one of"):
         refused = run(*arguments)
         assert refused.returncode == 1 and message in refused.stderr and "Traceback" not in refused.stderr
