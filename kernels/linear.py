@@ -47,7 +47,7 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gradien
     Raises Fp8Error for other types and for shapes that do not fit.
     """
     _check("fp8_linear", x, weight, 2)
-    y: Any = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, None, gradient_accumulation_fusion, _learns(weight))
+    y: Any = _Linear.apply(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), weight, None, gradient_accumulation_fusion, _learns(weight))
     y = y.view(*x.shape[:-1], weight.shape[0])
     return y if bias is None else y + bias.to(y.dtype)
 

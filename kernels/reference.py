@@ -140,10 +140,11 @@ def wgrad(dy_t: Fp8Tensor, x_t: Fp8Tensor, out: Tensor | None = None, dtype: tor
 def _promoted(a: Fp8Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
     """sum_k (a_k b_k^T) * (sa_k sb_k), k over steps of 128; b_scale [K/128, N]."""
     total = torch.zeros(a.rows, b.shape[0], device=a.device)
-    for k in range(a.scale.shape[0]):
-        step = slice(k * TILE, (k + 1) * TILE)
-        partial = a.data[:, step].float() @ b[:, step].float().t()
-        total += partial * (a.scale[k][:, None] * b_scale[k][None, :])
+    with torch.autocast(a.device.type, enabled=False):  # it would round the partial sums to BF16
+        for k in range(a.scale.shape[0]):
+            step = slice(k * TILE, (k + 1) * TILE)
+            partial = a.data[:, step].float() @ b[:, step].float().t()
+            total += partial * (a.scale[k][:, None] * b_scale[k][None, :])
     return total
 
 

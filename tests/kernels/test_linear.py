@@ -309,6 +309,21 @@ def test_a_model_is_saved_and_loaded_whole(tmp_path):
     assert not loaded(x).sub(loaded.bias).any()
 
 
+def test_autocast_does_not_reach_the_sums():
+    """It would round each partial sum of the reference to BF16."""
+    layer, x = Fp8Linear(512, 64, dtype=torch.float32), torch.randn(32, 512)
+    expected = layer(x)
+    with torch.autocast("cpu", BF16):
+        found = layer(x)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_no_inputs():
+    layer = Fp8Linear(0, 64)
+    assert torch.equal(layer(torch.zeros(2, 3, 0, dtype=BF16)), layer.bias.detach().expand(2, 3, 64))
+
+
 def test_no_tokens():
     layer = Fp8Linear(128, 64)
     layer(torch.randn(0, 128, dtype=BF16)).sum().backward()
