@@ -88,8 +88,10 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
         self.backend = _one_of("backend", backend, ("auto", "torch", "triton"))
         names = ("first_moment", "second_moment", "rounding")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed, **dict(zip(names, (first_moment, second_moment, rounding)))})
-        for group in self.param_groups:
-            _check_group(group)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        _check_group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, gradient_scale: Tensor | float = 1.0) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]

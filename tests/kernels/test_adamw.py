@@ -168,6 +168,10 @@ def test_the_broken_combination_is_refused_with_the_way_out():
     accepted: dict[str, Any]
     for accepted in (dict(rounding="stochastic"), dict(rounding="nearest", second_moment=FP32), dict(rounding="nearest", betas=(0.9, 0.99))):
         MixedPrecisionAdamW([parameter(4)], **accepted)
+    one = MixedPrecisionAdamW([parameter(4)])
+    with pytest.raises(ValueError, match="rounded to nearest"):
+        one.add_param_group({"params": [parameter(4)], "rounding": "nearest"})
+    assert len(one.param_groups) == 1
     later = MixedPrecisionAdamW([parameter(4)], rounding="nearest", betas=(0.9, 0.95))
     with pytest.raises(ValueError, match="rounded to nearest"):
         state = later.state_dict()
