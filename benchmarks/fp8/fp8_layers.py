@@ -46,8 +46,11 @@ class Bf16Experts(nn.Module):
 
 def torchao_layer(linear: nn.Linear) -> tuple[nn.Module | None, str]:
     """torchao's block-wise FP8 linear over `linear`, or why there is none."""
-    try:
+    try:  # a prototype: its name, its arguments and what it runs on change
         from torchao.prototype.blockwise_fp8_training.linear import Float8BlockwiseLinear  # pyright: ignore[reportMissingImports]
+
+        return Float8BlockwiseLinear.from_float(linear), ""
     except ImportError as reason:
         return None, f"torchao is not there: {reason}"
-    return Float8BlockwiseLinear.from_float(linear), ""
+    except Exception as failure:
+        return None, f"torchao fails: {type(failure).__name__}: {failure}".splitlines()[0][:200]

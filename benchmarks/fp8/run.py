@@ -27,6 +27,7 @@ from fp8_layers import Bf16Experts, NaiveFp8Linear, torchao_layer
 
 from megalign.kernels import backends, reference
 from megalign.kernels.adamw import MixedPrecisionAdamW
+from megalign.kernels.groups import GroupLayout
 from megalign.kernels.linear import Fp8GroupedLinear, Fp8Linear
 from megalign.kernels.logprob import linear_logprobs
 from megalign.kernels.tuning import WORST_ERROR
@@ -72,7 +73,10 @@ def time_layers(device: torch.device, timer: Timer, shapes: list[tuple[Any, ...]
         seconds = {"bf16": timer(step_of(plain, x)), "fp8": timer(step_of(fast, x)), "naive fp8": timer(step_of(naive, x))}
         other, absent = torchao_layer(plain)
         if other is not None:
-            seconds["torchao"] = timer(step_of(other, x))
+            try:
+                seconds["torchao"] = timer(step_of(other, x))
+            except Exception as failure:  # another library's, which ends nothing here
+                absent = f"torchao fails: {type(failure).__name__}: {failure}".splitlines()[0][:200]
         row = {"shape": f"{k} -> {n}, {m} tokens", "seconds": seconds, "floor": floor, "goal": goal, "torchao": absent or "timed"}
         row["saved bytes"] = {"bf16": saved_bytes(plain, x), "fp8": saved_bytes(fast, x), "naive fp8": saved_bytes(naive, x)}
         table.append(row)
@@ -90,7 +94,7 @@ def time_layers(device: torch.device, timer: Timer, shapes: list[tuple[Any, ...]
 
 
 def time_kernels(
-    device: torch.device, timer: Timer, shapes: list[tuple[Any, ...]], logprob: tuple[int, int, int], bandwidth: float, peak: float
+    device: torch.device, timer: Timer, shapes: list[tuple[Any, ...]], experts: tuple[Any, ...], logprob: tuple[int, int, int], bandwidth: float, peak: float
 ) -> list[dict[str, Any]]:
     """Each kernel against its floor, and every rung of the ladder that this machine has for the matmuls."""
     table = []
@@ -128,11 +132,24 @@ def time_kernels(
             del exact
         add(f"wgrad added to FP32, {size}", lambda dy_t=dy_t, x_t=x_t, main=main: backends.wgrad(dy_t, x_t, main), m * k + m * n + 8 * n * k, flops)
         add(f"BF16 matmul of torch, {size}", lambda x=x, w=w: x @ w.t(), 2 * (m * k + n * k + m * n), 2 * flops)  # half of FP8's peak
+    groups, m, k, n, *_ = experts
+    layout = GroupLayout.of(torch.full((groups,), m // groups), m, device)
+    x, dy = (layout.pad(torch.randn(m, width, device=device, dtype=BF16)) for width in (k, n))
+    (rows, x_t), (_, dy_t) = backends.quantise_rows_both(x), backends.quantise_rows_both(dy)
+    blocks, main = backends.quantise_blocks(torch.randn(groups, n, k, device=device, dtype=BF16)), torch.zeros(groups, n, k, device=device)
+    size, flops = f"{groups} experts, {k} -> {n}, {m} tokens", 2 * m * n * k
+    add(f"grouped matmul, {size}", lambda: backends.grouped_matmul(rows, blocks, layout), m * k + groups * n * k + 2 * m * n, flops)
+    add(f"grouped wgrad added to FP32, {size}", lambda: backends.grouped_wgrad(dy_t, x_t, layout, main), m * k + m * n + 8 * groups * n * k, flops)
     tokens, depth, vocabulary = logprob
     hidden, head = torch.randn(tokens, depth, device=device, dtype=BF16), torch.randn(vocabulary, depth, device=device, dtype=BF16)
     targets = torch.randint(0, vocabulary, (tokens,), device=device)
     moved, flops = 2 * (tokens + vocabulary) * depth, 2 * tokens * depth * vocabulary
-    add(f"log-probs of {tokens} tokens, {depth} -> {vocabulary}", lambda: linear_logprobs(hidden, head, targets), moved, 2 * flops)
+    size = f"{tokens} tokens, {depth} -> {vocabulary}"
+    add(f"log-probs of {size}", lambda: linear_logprobs(hidden, head, targets), moved, 2 * flops)
+    found, inputs = linear_logprobs(hidden.requires_grad_(), head.requires_grad_(), targets).logprobs, (hidden, head)
+    upstream = torch.randn_like(found)
+    torch.autograd.grad(found, inputs, upstream, retain_graph=True)  # the first may find what forward kept; those after compute the logits again
+    add(f"log-probs backward of {size}", lambda: torch.autograd.grad(found, inputs, upstream, retain_graph=True), 2 * moved, 6 * flops)
     return table
 
 
@@ -172,7 +189,7 @@ def measured(
     return {
         "copy TB/s": bandwidth / 1e12,
         "layers": time_layers(device, timer, shapes, experts),
-        "kernels": time_kernels(device, timer, shapes, logprob, bandwidth, peak),
+        "kernels": time_kernels(device, timer, shapes, experts, logprob, bandwidth, peak),
         "adamw": time_adamw(device, timer, adamw, bandwidth),
     }
 

@@ -51,6 +51,9 @@ def test_all_timing_code_runs_with_a_false_clock():
     kernels = len(result["measured"]["kernels"])
     assert kernels >= 11 and len(calls) == 1 + 3 + 2 + kernels + 4  # copy, three layers, two of experts, kernels, optimizers
     assert not any("out" in row for row in result["measured"]["kernels"])
+    timed = [row["kernel"] for row in result["measured"]["kernels"]]
+    for name in ("quantise rows", "quantise blocks", "RMSNorm", "SwiGLU +", "SwiGLU backward", "re-tiling", "matmul", "wgrad", "grouped matmul", "grouped wgrad", "log-probs of", "log-probs backward"):
+        assert any(kernel.startswith(name) for kernel in timed), name  # every kernel of the README has its row
     assert "256 -> 128, 256 tokens | 1.00x" in table and "torch.optim.AdamW(fused=True)" in table
     layer = result["measured"]["layers"][0]
     assert layer["saved bytes"]["fp8"] == 256 * 256 + 256 * 256 // 128 * 4 and layer["saved bytes"]["bf16"] == 256 * 256 * 2
@@ -68,6 +71,16 @@ def test_a_rung_that_fails_or_is_wrong_is_named_and_not_timed():
     assert run.why_wrong(fails, good) == "RuntimeError: no kernel image"
     row = {"kernel": "matmul gluon:0", "out": "wrong: relative error 2.0e-02"}
     assert "| matmul gluon:0 | wrong: relative error 2.0e-02 | |" in run.table_of({"measured": {"layers": [], "kernels": [row], "adamw": []}})
+
+
+def test_a_failing_torchao_ends_nothing(monkeypatch: pytest.MonkeyPatch):
+    class Fails(torch.nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("Triton Error [CUDA]: an illegal argument\nmore")
+
+    monkeypatch.setattr(run, "torchao_layer", lambda plain: (Fails(8, 8), ""))
+    row, _ = run.time_layers(torch.device("cpu"), lambda what: (what(), 1e-3)[1], [(16, 128, 128, 1.1, 1.3)], (2, 256, 128, 128, 1.1, 1.5))
+    assert row["torchao"] == "torchao fails: RuntimeError: Triton Error [CUDA]: an illegal argument" and "torchao" not in row["seconds"] and row["fp8 over bf16"] == 1
 
 
 def test_a_wrong_kernel_is_never_timed(monkeypatch: pytest.MonkeyPatch):
