@@ -40,5 +40,7 @@ CASES = [
     *(wgrad_case(config, "fp32", True, False) for config in wgrad.CONFIGS),
     wgrad_case(wgrad.CONFIGS[0], "bf16", True, False),
     wgrad_case(wgrad.CONFIGS[0], "fp32", False, False),
+    *(wgrad_case(config, "bf16", False, False) for config in wgrad.CONFIGS),  # without main gradients, as torch's autograd has it
     *(wgrad_case(config, "fp32", True, True) for config in wgrad.CONFIGS[:2]),
+    wgrad_case(wgrad.CONFIGS[0], "bf16", False, True),
 ]

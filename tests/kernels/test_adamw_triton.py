@@ -115,7 +115,8 @@ def test_what_is_compiled_ahead_is_what_was_launched():
     with record_launches() as launches:
         for moments in (BF16, FP32):
             for fp8 in (False, True):
-                both_paths((8, 16), BF16, fp8=fp8, steps=1, first_moment=moments, second_moment=moments)
+                for dtype in (BF16, FP32):
+                    both_paths((8, 16), dtype, fp8=fp8, steps=1, first_moment=moments, second_moment=moments)
     cases = ahead.load_cases("cases_adamw")
     assert not ahead.unlaunched(cases, launches)
     assert all(case.options == {"enable_fp_fusion": False} for case in cases)

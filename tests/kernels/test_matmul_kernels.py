@@ -104,7 +104,8 @@ def test_what_is_compiled_ahead_is_what_was_launched():
         for config in wgrad.CONFIGS:
             for out in (None, torch.zeros(16, 16)):
                 wgrad.wgrad(rows, rows, out, config=config)
-            wgrad.grouped_wgrad(x_t, x_t, layout, torch.zeros(2, 16, 16), config=config)
+            for out in (None, torch.zeros(2, 16, 16)):
+                wgrad.grouped_wgrad(x_t, x_t, layout, out, config=config)
     assert not ahead.unlaunched(ahead.load_cases("cases_matmul"), launches)
 
 
