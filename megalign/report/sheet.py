@@ -13,6 +13,7 @@ STYLE = """<style>
 svg { font: 12px system-ui, sans-serif; background: #fff; } text { fill: #555; } path { fill: none; }
 .mid { text-anchor: middle; } .end { text-anchor: end; } .name { fill: #222; font-weight: 600; } .grid { stroke: #e6e6e6; } .axis { stroke: #999; }
 .c1 { stroke: #2a6fdb; } .c2 { stroke: #d9480f; } .c3 { stroke: #2b8a3e; } .c4 { stroke: #862e9c; } .c1, .c2, .c3, .c4 { stroke-width: 1.8; }
+.band.c1 { fill: #2a6fdb; } .band.c2 { fill: #d9480f; } .band.c3 { fill: #2b8a3e; } .band.c4 { fill: #862e9c; }
 .dot { stroke: none; } .reference { stroke: #999; stroke-dasharray: 3 3; } .band { stroke: none; opacity: .15; }
 </style>"""
 
