@@ -1,7 +1,8 @@
 """A trained reward model at work: answers in, numbers out, on any layout.
 
 `RewardScorer` is what loops use; `score_file` is `megalign rm score`. Dialogues are packed, so a batch of short answers costs
-what its tokens cost; each is read at its last real token, so padding on either side changes nothing.
+what its tokens cost, and two answers that follow each other are computed on one copy of their prompt (`Batch.prefixes`); each is read
+at its last real token, so padding on either side changes nothing.
 """
 
 from __future__ import annotations
@@ -42,11 +43,12 @@ from megalign.rewards.ensemble import pessimistic, spread
 from megalign.rewards.heads import columns_of, reading, shapes_of
 from megalign.rewards.normalise import Normalisation
 from megalign.serving import load_for_inference, stored_tokenizer
-from megalign.trainer.batches import pads_microbatches
+from megalign.trainer.batches import pads_microbatches, shares_prompts
 from megalign.trainer.engine import Engine
 from megalign.trainer.judged import NORMALISATION
 
 AT_ONCE = 32  # microbatches of one pass through the pipeline
+WORTH = 16  # tokens that two documents must have in common at their front: for fewer, a second call of attention costs more than it saves
 
 
 @dataclass
@@ -102,22 +104,44 @@ class RewardScorer:
         length, multiple = engine.recipe.data.sequence_length, 2 * grid.context.size if grid.context.size > 1 else 1
         width = sum(shape.width for shape in shapes_of(self.heads).values())
         found = torch.zeros(len(documents), width, dtype=torch.float64, device=device())
-        sizes = np.array([-(-len(ids) // multiple) * multiple for ids in documents], np.int64)
-        order, ends = pack_arrays(sizes, length) if len(documents) else (np.zeros(0, np.int64), np.zeros(0, np.int64))
+        share = shares_prompts(engine.recipe, grid)
+        units = alike(documents, length) if share else [(i, 1, 0) for i in range(len(documents))]
+        sizes = np.array([sum(-(-len(documents[i + k]) // multiple) * multiple for k in range(count)) - shared for i, count, shared in units], np.int64)
+        order, ends = pack_arrays(sizes, length) if units else (np.zeros(0, np.int64), np.zeros(0, np.int64))
         packs = np.split(order, ends[:-1]) if len(ends) else []
         rounds = -(-len(packs) // grid.data.size)  # as many on every rank: experts and stages wait for each other
         mine = [packs[i].tolist() if i < len(packs) else [] for i in range(grid.data.rank, rounds * grid.data.size, grid.data.size)]
         for start in range(0, len(mine), AT_ONCE):
-            numbers = mine[start : start + AT_ONCE]
-            batches = [self._batch([documents[i] for i in pack], length, multiple) for pack in numbers]
-            for pack, values in zip(numbers, engine.score(batches, lambda output, batch: document_values(output, batch, grid))):
-                found[torch.tensor(pack, dtype=torch.long)] = values.double()
+            chosen = [[units[unit] for unit in pack] for pack in mine[start : start + AT_ONCE]]
+            rows = [[(i + k, shared if k else 0) for i, count, shared in pack for k in range(count)] for pack in chosen]
+            batches = [self._batch([(documents[i], shared) for i, shared in pack], length, multiple, share) for pack in rows]
+            for pack, values in zip(rows, engine.score(batches, lambda output, batch: document_values(output, batch, grid))):
+                found[torch.tensor([i for i, _ in pack], dtype=torch.long)] = values.double()
         return from_last_stage(sum_over(found, grid.data.group), grid).cpu().numpy()
 
-    def _batch(self, documents: Sequence[np.ndarray], length: int, multiple: int) -> Batch:
-        pack = [Example(np.asarray(ids, np.int32), np.zeros(len(ids), bool)) for ids in documents]
-        pad_to = None if pads_microbatches(self.engine.grid) else max(1, filled_tokens([pack]))
-        return collate([pack], sequence_length=length, pad_id=self.tokenizer.eod, document_multiple=multiple, pad_to=pad_to)
+    def _batch(self, documents: Sequence[tuple[np.ndarray, int]], length: int, multiple: int, share: bool) -> Batch:
+        pack = [Example(np.asarray(ids, np.int32), np.zeros(len(ids), bool), shared=shared) for ids, shared in documents]
+        pad_to = None if pads_microbatches(self.engine.grid) else max(1, filled_tokens([pack], share=share))
+        return collate([pack], sequence_length=length, pad_id=self.tokenizer.eod, document_multiple=multiple, pad_to=pad_to, share=share)
+
+
+def alike(documents: Sequence[np.ndarray], length: int) -> list[tuple[int, int, int]]:
+    """Neighbours two by two where they begin alike, as answers to one prompt do: (first, how many, tokens that the second need not repeat).
+
+    The second keeps its last token, where it is read. Two that have little in common, or do not fit into `length` tokens, stay apart.
+    """
+    units, i = [], 0
+    while i < len(documents):
+        shared = 0
+        if i + 1 < len(documents):
+            first, second = documents[i], documents[i + 1]
+            most = min(len(first), len(second) - 1)
+            differ = np.flatnonzero(np.asarray(first[:most]) != np.asarray(second[:most]))
+            shared = int(differ[0]) if len(differ) else max(0, most)
+            shared *= shared >= WORTH and len(first) + len(second) - shared <= length
+        units.append((i, 2 if shared else 1, shared))
+        i += 2 if shared else 1
+    return units
 
 
 def answers_in(path: Path, format: str = "auto") -> list[tuple[dict[str, Any], Conversation | BadRow]]:
