@@ -53,7 +53,7 @@ def main() -> None:
                 runs[name].append(measured([str(HERE / script), "--folder", folder, "--steps", str(arguments.steps), *rest]))
                 last = runs[name][-1]
                 print(f"round {number + 1}: {name:32} {last['tokens_per_second']:8.0f} tokens/s, {last['peak_mib']:5.0f} MiB, losses {last['losses']}", flush=True)
-    table = [row(name, results, runs) for name, results in runs.items()]
+    table = [row(name, results, runs, AGAINST) for name, results in runs.items()]
     versions = {name: version(name) for name in ("megalign", "torch", "megatron-core", "trl", "transformers")}
     machine = {"cpu": cpu(), "cores": len(os.sched_getaffinity(0)), "python": platform.python_version()}
     RESULTS.write_text(json.dumps({"command": sys.argv, "machine": machine, "versions": versions, "table": table}, indent=1) + "\n")
@@ -64,7 +64,7 @@ def main() -> None:
 PREPARE = "import sys; from pathlib import Path; from setting import prepare; prepare(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))"
 
 
-def row(name: str, results: list[dict[str, Any]], runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+def row(name: str, results: list[dict[str, Any]], runs: dict[str, list[dict[str, Any]]], against: dict[str, str]) -> dict[str, Any]:
     """A line of the table: medians, the highest peak, and how much faster ours was in each round."""
     found: dict[str, Any] = {
         "side": name,
@@ -78,13 +78,13 @@ def row(name: str, results: list[dict[str, Any]], runs: dict[str, list[dict[str,
     passes = [r["reference_pairs_per_second"] for r in results if r["reference_pairs_per_second"]]
     if passes:
         found["reference_pass_pairs_per_second"] = round(statistics.median(passes), 1)
-    if AGAINST.get(name) in runs:
+    if against.get(name) in runs:
         found["megalign_is_faster_by"] = [
-            round(ours["tokens_per_second"] / theirs["tokens_per_second"], 2) for ours, theirs in zip(runs[AGAINST[name]], results, strict=True)
+            round(ours["tokens_per_second"] / theirs["tokens_per_second"], 2) for ours, theirs in zip(runs[against[name]], results, strict=True)
         ]
         found["megalign_needs_less_cpu_by"] = [
             round(theirs["cpu_seconds"] / theirs["tokens"] / (ours["cpu_seconds"] / ours["tokens"]), 2)
-            for ours, theirs in zip(runs[AGAINST[name]], results, strict=True)
+            for ours, theirs in zip(runs[against[name]], results, strict=True)
         ]
     return found
 
