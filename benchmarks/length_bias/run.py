@@ -93,7 +93,9 @@ def longer_by(pair: PreferencePair) -> int:
 
 
 def longer_won(pairs: Sequence[PreferencePair]) -> float:
-    return sum(longer_by(pair) > 0 for pair in pairs) / len(pairs)
+    """Share of the pairs of unequal length."""
+    unequal = [longer for pair in pairs if (longer := longer_by(pair)) != 0]
+    return sum(longer > 0 for longer in unequal) / len(unequal)
 
 
 def balanced(pairs: Sequence[PreferencePair], seed: int) -> list[PreferencePair]:
