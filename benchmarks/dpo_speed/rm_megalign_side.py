@@ -2,7 +2,8 @@
 
     python benchmarks/dpo_speed/rm_megalign_side.py --folder FOLDER --what train|score
 
-`megalign rm train` at its defaults: no padding, no output layer. `score`: `RewardScorer` on the answers of the same pairs.
+`megalign rm train` at its defaults: no padding, no output layer, both answers of a pair on one copy of their prompt. `score`: `RewardScorer`
+on the answers of the same pairs, of which it is told nothing but their tokens.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,11 +49,17 @@ def measure(folder: Path, what: str, warmup: int, steps: int, threads: int) -> d
             losses.append(engine.train_step(microbatches, objective, 1e-5, step + 1).loss)
             computed += count
     else:
-        scorer = RewardScorer(engine, train.tokenizer, settings.rm.heads, {})
+        scorer, positions, score = RewardScorer(engine, train.tokenizer, settings.rm.heads, {}), [0], engine.score
+
+        def counted(batches: Any, read: Any) -> Any:
+            positions[0] += sum(len(batch.tokens) for batch in batches)
+            return score(batches, read)
+
+        engine.score = counted  # pyright: ignore[reportAttributeAccessIssue]
         scorer.values([side for pair in ids[:first] for side in pair])
-        start, cpu_start = time.perf_counter(), time.process_time()
+        start, cpu_start, positions[0] = time.perf_counter(), time.process_time(), 0
         scores = scorer.values([side for pair in ids[first:] for side in pair])[:, 0]
-        computed = sum(len(side) for pair in ids[first:] for side in pair)
+        computed = positions[0]
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     parameters = sum(p.numel() for p in engine.models[0].parameters())
     shutdown()

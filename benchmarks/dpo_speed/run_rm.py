@@ -1,6 +1,6 @@
 """Reward models, tokens a second: training against TRL's RewardTrainer, scoring against transformers' forward pass, side by side:
 
-    python benchmarks/dpo_speed/run_rm.py [--data ../shared/data/hh_harmless/pairs.jsonl.gz] [--rounds 3] [--steps 10]
+    python benchmarks/dpo_speed/run_rm.py [--data ../shared/data/hh_harmless/pairs.jsonl.gz] [--rounds 3] [--steps 10] [--threads 2]
 
 The setting of run.py: one CPU process a side, the Llama of 18.9M parameters (15.8M without its output layer, which a reward model
 lacks), FP32, 8 pairs a step, sides of at most 256 tokens; both sides load one LlamaForSequenceClassification and see the same token
@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=700, help="read so many of the file; about a third have sides short enough")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=2, help="of a side; 1 where the machine does other work too")
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
     arguments = parser.parse_args()
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in arguments.sides}
@@ -52,7 +53,7 @@ def main() -> None:
         for number in range(arguments.rounds):
             for name in runs:
                 script, *rest = SIDES[name]
-                runs[name].append(measured([str(HERE / script), "--folder", folder, "--steps", str(arguments.steps), *rest]))
+                runs[name].append(measured([str(HERE / script), "--folder", folder, "--steps", str(arguments.steps), "--threads", str(arguments.threads), *rest]))
                 last = runs[name][-1]
                 print(f"round {number + 1}: {name:32} {last['tokens_per_second']:8.0f} tokens/s, {last['peak_mib']:5.0f} MiB, losses {last['losses']}", flush=True)
     table = [row(name, results, runs, AGAINST) for name, results in runs.items()]
