@@ -20,12 +20,13 @@ from megalign.config.load import dump_recipe
 from megalign.config.rules import check
 from megalign.config.schema import Recipe
 from megalign.data.rows import DataError
+from megalign.judges import judge_of
 from megalign.models.resolve import resolve_model
 from megalign.parallel.grid import destroy_grid
 from megalign.parallel.init import World
 from megalign.report.build import build_report
-from megalign.rewards.selection import best, kl_of_best_of_n
-from megalign.rewards.verifiers import load_scorer
+from megalign.rewards.overoptimisation import best_of_n_kl
+from megalign.rewards.selection import best
 from megalign.sft import sft
 from megalign.trainer.drawn import Drawn, as_messages, draw, open_output, questions, write_lines
 from megalign.trainer.metrics import MetricsLogger, NullLogger
@@ -38,13 +39,13 @@ def best_of_n(recipe: Recipe, world: World) -> None:
     """
     settings, output = recipe.best_of_n, Path(recipe.output)
     check(resolve_model(recipe), world.size)
-    load_scorer(settings.scorer, "best_of_n.scorer")
     if recipe.model.init_from is None:
         rule = "best-of-n chooses among the answers of a trained model"
         raise ConfigError([Problem("model.init_from", rule, "give a Hugging Face folder, or a run of ours", None)])
+    judge = judge_of(settings, "best_of_n", resolve_model(recipe), world)
     open_output(output, world, "round_1")
     rows, held_out = questions(resolve_model(recipe), settings.prompts)
-    draw(recipe, world, rows, settings, output / "round_1" / "drawn.jsonl", seed=seed_of(recipe, 1))  # refuses what another recipe drew, before anything is written
+    draw(recipe, world, rows, settings, output / "round_1" / "drawn.jsonl", seed=seed_of(recipe, 1), judge=judge)  # refuses what another recipe drew, before anything is written
     write_lines(output / "held_out.jsonl", [{"messages": as_messages(row.messages)} for row in held_out], world)
     if world.rank == 0:
         (output / "recipe.yaml").write_text(dump_recipe(recipe))
@@ -53,8 +54,8 @@ def best_of_n(recipe: Recipe, world: World) -> None:
     with record(output, settings.rounds, world) as log:
         for number in range(1, settings.rounds + 1):
             folder, seed = output / f"round_{number}", seed_of(recipe, number)
-            drawn = draw(policy, world, rows, settings, folder / "drawn.jsonl", seed=seed)
-            before = draw(policy, world, held_out, settings, folder / "held_out.jsonl", seed=seed, greedy=True)
+            drawn = draw(policy, world, rows, settings, folder / "drawn.jsonl", seed=seed, judge=judge)
+            before = draw(policy, world, held_out, settings, folder / "held_out.jsonl", seed=seed, judge=judge, greedy=True)
             chosen = kept(drawn, settings.min_score)
             if not chosen:
                 raise DataError(f"round {number}: no answer is left to imitate: all are below best_of_n.min_score({settings.min_score}) or cut at best_of_n.max_new_tokens({settings.max_new_tokens})")
@@ -67,7 +68,7 @@ def best_of_n(recipe: Recipe, world: World) -> None:
             policy = recipe.model_copy(deep=True)
             policy.model.init_from = str(folder / "run")
         last = output / f"round_{settings.rounds}"
-        after = draw(policy, world, held_out, settings, last / "held_out_after.jsonl", seed=recipe.train.seed, greedy=True)
+        after = draw(policy, world, held_out, settings, last / "held_out_after.jsonl", seed=recipe.train.seed, judge=judge, greedy=True)
         log.train(settings.rounds, **{"score/held_out": mean_score(after)} if after else {})
         log.event(settings.rounds, "finished", f"the policy is {policy.model.init_from}")
     write_lines(output / "samples.jsonl", [sample(entry, settings.rounds) for entry in (after or drawn)[: recipe.train.sample_prompts]], world)
@@ -96,7 +97,7 @@ def kept(drawn: Sequence[Drawn], min_score: float | None) -> list[dict[str, Any]
 
 def of_round(drawn: Sequence[Drawn], before: Sequence[Drawn], chosen: Sequence[dict[str, Any]], n: int) -> dict[str, float]:
     """What is logged of the policy that enters a round."""
-    found = {"score/mean": mean_score(drawn), "score/best_of_n": float(np.mean([line["score"] for line in chosen])), "chosen": len(chosen), "kl_bound": kl_of_best_of_n(n)}
+    found = {"score/mean": mean_score(drawn), "score/best_of_n": float(np.mean([line["score"] for line in chosen])), "chosen": len(chosen), "kl_bound": best_of_n_kl(n)}
     finished = [answer.finished for entry in drawn for answer in entry.answers]
     return {**found, "finished": float(np.mean(finished)), **({"score/held_out": mean_score(before)} if before else {})}
 

@@ -22,11 +22,11 @@ from megalign.config.rules import check
 from megalign.config.schema import Recipe, RoundsConfig
 from megalign.data.rows import Conversation, DataError
 from megalign.dpo import dpo
+from megalign.judges import judge_of
 from megalign.models.resolve import resolve_model
 from megalign.parallel.grid import destroy_grid
 from megalign.parallel.init import World
 from megalign.report.build import build_report
-from megalign.rewards.verifiers import load_scorer
 from megalign.sweep import is_finished
 from megalign.trainer.drawn import Drawn, as_messages, draw, open_output, questions, write_lines
 
@@ -38,13 +38,13 @@ def dpo_rounds(recipe: Recipe, world: World) -> None:
     """
     settings, output, count = recipe.rounds, Path(recipe.output), recipe.rounds.count or 0
     check(resolve_model(recipe), world.size)
-    load_scorer(settings.scorer, "rounds.scorer")
     if recipe.model.init_from is None:
         rule = "rounds begin with the answers of a trained model"
         raise ConfigError([Problem("model.init_from", rule, "give a Hugging Face folder, or a run of ours", None)])
+    judge = judge_of(settings, "rounds", resolve_model(recipe), world)
     open_output(output, world, "round_1")
     rows, held_out = questions(resolve_model(recipe), None)
-    draw(recipe, world, asked(rows, settings.prompts, 1), settings, output / "round_1" / "drawn.jsonl", seed=seed_of(recipe, 1))  # refuses what another recipe drew, before anything is written
+    draw(recipe, world, asked(rows, settings.prompts, 1), settings, output / "round_1" / "drawn.jsonl", seed=seed_of(recipe, 1), judge=judge)  # refuses what another recipe drew, before anything is written
     if world.rank == 0:
         (output / "recipe.yaml").write_text(dump_recipe(recipe))
 
@@ -52,8 +52,8 @@ def dpo_rounds(recipe: Recipe, world: World) -> None:
     with record(output, count, world) as log:
         for number in range(1, count + 1):
             folder, seed = output / f"round_{number}", seed_of(recipe, number)
-            drawn = draw(policy, world, asked(rows, settings.prompts, number), settings, folder / "drawn.jsonl", seed=seed)
-            before = draw(policy, world, held_out, settings, folder / "held_out.jsonl", seed=seed, greedy=True)
+            drawn = draw(policy, world, asked(rows, settings.prompts, number), settings, folder / "drawn.jsonl", seed=seed, judge=judge)
+            before = draw(policy, world, held_out, settings, folder / "held_out.jsonl", seed=seed, judge=judge, greedy=True)
             pairs = ranked(drawn)
             if not pairs:
                 raise DataError(f"round {number}: no pair is left: of each prompt's answers that ended within rounds.max_new_tokens({settings.max_new_tokens}) none scores above another")
@@ -68,7 +68,7 @@ def dpo_rounds(recipe: Recipe, world: World) -> None:
                 return
             policy = recipe.model_copy(deep=True)
             policy.model.init_from = str(folder / "run")
-        after = draw(policy, world, held_out, settings, output / f"round_{count}" / "held_out_after.jsonl", seed=recipe.train.seed, greedy=True)
+        after = draw(policy, world, held_out, settings, output / f"round_{count}" / "held_out_after.jsonl", seed=recipe.train.seed, judge=judge, greedy=True)
         log.train(count, **{"score/held_out": mean_score(after)} if after else {})
         log.event(count, "finished", f"the policy is {policy.model.init_from}")
     write_lines(output / "samples.jsonl", [sample(entry, count) for entry in after[: recipe.train.sample_prompts]], world)

@@ -19,10 +19,10 @@ from megalign.config.load import dump_recipe
 from megalign.config.rules import check
 from megalign.config.schema import Recipe, RSOConfig
 from megalign.data.rows import DataError
+from megalign.judges import judge_of
 from megalign.models.resolve import resolve_model
 from megalign.parallel.init import World
 from megalign.rewards.selection import pairs_of, rejection_sample
-from megalign.rewards.verifiers import load_scorer
 from megalign.trainer.drawn import Drawn, as_messages, draw, open_output, questions, write_lines
 
 
@@ -33,12 +33,12 @@ def rso(recipe: Recipe, world: World) -> None:
     """
     settings, output = recipe.rso, Path(recipe.output)
     check(resolve_model(recipe), world.size)
-    load_scorer(settings.scorer, "rso.scorer")
     if recipe.model.init_from is None:
         raise ConfigError([Problem("model.init_from", "rso chooses among the answers of a trained model", "give a Hugging Face folder, or a run of ours", None)])
+    judge = judge_of(settings, "rso", resolve_model(recipe), world)
     open_output(output, world, "drawn.jsonl")
     rows, _ = questions(resolve_model(recipe), settings.prompts)
-    drawn = draw(recipe, world, rows, settings, output / "drawn.jsonl", seed=recipe.train.seed)
+    drawn = draw(recipe, world, rows, settings, output / "drawn.jsonl", seed=recipe.train.seed, judge=judge)
     pairs, facts = sampled_pairs(drawn, settings, recipe.train.seed)
     if not pairs:
         raise DataError(f"no pair is left of {len(rows)} prompts: fewer than two finished answers were accepted, or all scores tie; raise rso.n or rso.beta")

@@ -35,7 +35,7 @@ from megalign.data.rows import (
 )
 from megalign.data.tokenizer import Tokenizer
 from megalign.models.sequences import document_values
-from megalign.parallel.checkpoint import CheckpointError
+from megalign.parallel.checkpoint import CheckpointError, read_meta
 from megalign.parallel.grid import destroy_grid
 from megalign.parallel.init import World, device
 from megalign.parallel.schedule import from_last_stage, sum_over
@@ -69,11 +69,7 @@ class RewardScorer:
         engine, checkpoint = load_for_inference(path, list(overrides), world, speaks=False)
         if not engine.heads:
             raise CheckpointError(f"{checkpoint} is no reward model: it was not trained by megalign rm train; give a run of that")
-        heads = engine.recipe.rm.heads
-        kept = checkpoint / NORMALISATION
-        found = json.loads(kept.read_text()) if kept.exists() else {}
-        normalisation = {name: Normalisation(**found[name]) if found.get(name) else None for name in heads}
-        return RewardScorer(engine, stored_tokenizer(checkpoint), heads, normalisation)
+        return RewardScorer(engine, stored_tokenizer(checkpoint), engine.recipe.rm.heads, kept_normalisation(checkpoint))
 
     def score(self, dialogues: Sequence[Conversation]) -> dict[str, np.ndarray]:
         """{head: [N] reading} of each dialogue up to its last message; NaN where it cannot be rendered, or does not fit."""
@@ -142,6 +138,13 @@ def alike(documents: Sequence[np.ndarray], length: int) -> list[tuple[int, int, 
         units.append((i, 2 if shared else 1, shared))
         i += 2 if shared else 1
     return units
+
+
+def kept_normalisation(checkpoint: Path) -> dict[str, Normalisation | None]:
+    """Of each head; None: its run did not end with this checkpoint, or all rewards were equal."""
+    kept = checkpoint / NORMALISATION
+    found = json.loads(kept.read_text()) if kept.exists() else {}
+    return {name: Normalisation(**found[name]) if found.get(name) else None for name in read_meta(checkpoint)["identity"]["heads"]}
 
 
 def answers_in(path: Path, format: str = "auto") -> list[tuple[dict[str, Any], Conversation | BadRow]]:

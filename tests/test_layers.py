@@ -20,7 +20,7 @@ LAYERS = [
     ["megalign.models", "megalign.rollout", "megalign.report", "megalign.chat", "megalign.dry_run", "megalign.doctor"],
     ["megalign.rewards"],
     ["megalign.trainer"],
-    ["megalign.sft", "megalign.dpo", "megalign.kto", "megalign.best_of_n", "megalign.rso", "megalign.distill", "megalign.sweep", "megalign.rounds", "megalign.implicit", "megalign.rm", "megalign.scoring", "megalign.reward_audit", "megalign.audit", "megalign.serving", "megalign.average", "megalign.planner"],
+    ["megalign.sft", "megalign.dpo", "megalign.kto", "megalign.best_of_n", "megalign.rso", "megalign.distill", "megalign.sweep", "megalign.rounds", "megalign.implicit", "megalign.rm", "megalign.scoring", "megalign.judges", "megalign.reward_audit", "megalign.audit", "megalign.serving", "megalign.average", "megalign.planner"],
     ["megalign.tools"],
     ["megalign.start", "megalign.cli_data", "megalign.cli", "megalign.__main__"],
 ]

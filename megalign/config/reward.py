@@ -1,4 +1,4 @@
-"""Heads of a reward model: which options a loss takes."""
+"""Heads of a reward model: which options a loss takes; reward models as judges: named where they are asked."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from megalign.config.errors import Problem
 from megalign.config.layout import Layout
-from megalign.config.schema import HeadConfig, Recipe
+from megalign.config.schema import HeadConfig, Recipe, RewardJudgeConfig, ScoredConfig
 
 # Loss -> the options that it reads.
 OPTIONS: dict[str, tuple[str, ...]] = {
@@ -39,3 +39,14 @@ def reward_heads(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
             yield Problem("rm.heads", f"rm.heads.{name}.label_smoothing is {head.label_smoothing}: from 0.5 on the rejected answer is preferred", "give less than 0.5")
     if sum(head.weight for head in recipe.rm.heads.values()) <= 0:
         yield Problem("rm.heads", "no head has a weight above 0: nothing is learnt", "give one")
+
+
+def judges(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
+    """A reward model that is to score is named, and one that is named scores."""
+    for name, section in recipe:
+        if not isinstance(section, ScoredConfig):
+            continue
+        if section.scorer == "reward_model" and not section.reward_model.checkpoints:
+            yield Problem(f"{name}.reward_model.checkpoints", "no reward model is named, and it is to score", f"give a run of megalign rm train, or another {name}.scorer", section.reward_model.checkpoints)
+        if section.scorer != "reward_model" and section.reward_model != RewardJudgeConfig():
+            yield Problem(f"{name}.scorer", f"{name}.reward_model is given, and this scorer does not ask it", "set it to reward_model, or leave that out", section.scorer)

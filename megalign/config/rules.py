@@ -190,4 +190,5 @@ RULES = (
     preference.rounds,
     adapters.adapters,
     reward.reward_heads,
+    reward.judges,
 )

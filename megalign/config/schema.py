@@ -318,11 +318,22 @@ class SamplingConfig(Section):
     max_new_tokens: int = Field(default=128, ge=1, description="an answer that is longer is never chosen")
 
 
+class RewardJudgeConfig(Section):
+    """A trained reward model, or several, that score answers."""
+
+    checkpoints: str | list[str] | None = Field(default=None, description="run of megalign rm train, or one of its checkpoints; several are an ensemble")
+    head: str | None = Field(default=None, description="head that scores, the larger the better; null: the only one there is")
+    alpha: float = Field(default=1.0, ge=0, description="of an ensemble: mean - alpha * standard deviation of its members' normalised rewards")
+    max_tokens: int | None = Field(default=None, ge=2, description="tokens that a prompt with an answer may have; null: what the reward model was trained with")
+    parallel: ParallelConfig | None = Field(default=None, description="the layout that the reward model runs on; null: the policy's")
+
+
 class ScoredConfig(SamplingConfig):
     """And what judges them."""
 
     n: int = Field(default=16, ge=2, description="answers to each prompt")
-    scorer: str = Field(default="exact_match", description="exact_match, words_in_place, or module:function with (row, answer) -> number, the larger the better")
+    scorer: str = Field(default="exact_match", description="exact_match, words_in_place, reward_model, or module:function with (row, answer) -> number, the larger the better")
+    reward_model: RewardJudgeConfig = RewardJudgeConfig()
 
 
 class BestOfNConfig(ScoredConfig):

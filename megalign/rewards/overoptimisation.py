@@ -13,7 +13,12 @@ import numpy as np
 
 
 def best_of_n_kl(n: int) -> float:
-    """KL(best of n || policy) <= ln n - (n - 1)/n, with equality where no two candidates tie (arXiv:2401.01879)."""
+    """KL(best of n || policy) <= ln n - (n - 1)/n nats, with equality where no two candidates tie (arXiv:2009.01325; 2401.01879).
+
+    Raises ValueError for n below 1.
+    """
+    if n < 1:
+        raise ValueError(f"n is {n}: it must be 1 or more")
     return math.log(n) - (n - 1) / n
 
 

@@ -5,16 +5,7 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
-
-
-def kl_of_best_of_n(n: int) -> float:
-    """log n - (n - 1)/n nats: KL(best-of-n policy || policy), an upper bound where answers repeat (arXiv:2009.01325; 2401.01879)."""
-    if n < 1:
-        raise ValueError(f"n is {n}: it must be 1 or more")
-    return math.log(n) - (n - 1) / n
 
 
 def best(rewards: np.ndarray) -> int:

@@ -46,7 +46,7 @@ def load_scorer(name: str, key: str = "scorer") -> Scorer:
             raise ImportError("it is none of these names, and no module:function")
         found: Any = getattr(_module(where), function)
     except (ImportError, AttributeError, OSError, SyntaxError) as error:
-        raise ConfigError([Problem(key, f"{error}", f"give {', '.join(NAMED)}, or module:function with (row, answer) -> number", name)]) from None
+        raise ConfigError([Problem(key, f"{error}", f"give {', '.join(NAMED)}, reward_model, or module:function with (row, answer) -> number", name)]) from None
     return found
 
 

@@ -1,14 +1,14 @@
-"""Answers that a policy draws and a scorer judges, kept in a file: drawn once, found again by a repeated command."""
+"""Answers that a policy draws and a judge scores, kept in a file: drawn once, found again by a repeated command."""
 
 from __future__ import annotations
 
 import gc
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -26,6 +26,8 @@ from megalign.rollout.sampler import SamplingParams
 from megalign.trainer.engine import Engine
 from megalign.trainer.run import RunError, grid_of
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Drawn:
@@ -34,6 +36,14 @@ class Drawn:
     row: Conversation
     answers: list[Candidate]
     scores: list[float]
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Who scores answers. `megalign/judges.py` makes them of a recipe."""
+
+    identity: dict[str, Any]  # kept with the scores: those of another judge are not taken for its own
+    score: Callable[[Sequence[Conversation], Sequence[Sequence[str]]], list[list[float]]]  # rows, and the texts of the answers to each (collective)
 
 
 def questions(recipe: Recipe, count: int | None) -> tuple[list[Conversation], list[Conversation]]:
@@ -45,23 +55,32 @@ def questions(recipe: Recipe, count: int | None) -> tuple[list[Conversation], li
 
 
 def draw(
-    recipe: Recipe, world: World, rows: Sequence[Conversation], settings: SamplingConfig, file: Path, *, seed: int, greedy: bool = False
+    recipe: Recipe, world: World, rows: Sequence[Conversation], settings: SamplingConfig, file: Path, *, seed: int, judge: Judge | None = None, greedy: bool = False
 ) -> list[Drawn]:
     """settings.n answers to each prompt (greedy: the most probable one) by the model of model.init_from, scored (collective).
 
+    judge: who scores; None: nobody, and all scores are 0.
     Read from `file` where it exists. Raises RunError where that was made by another model, scorer, sampling or set of prompts.
     """
     resolved = resolve_model(recipe)
     key = {
         "model": model_hash(resolved),
         "prompts": hashlib.sha256(json.dumps([asdict(row) for row in rows]).encode()).hexdigest(),
-        "sampling": settings.model_dump(mode="json", include={*SamplingConfig.model_fields, "scorer"}),
+        "sampling": settings.model_dump(mode="json", include=set(SamplingConfig.model_fields)),
+        "scorer": judge and judge.identity,
         "greedy": greedy,
         "seed": seed,
     }
     dist.barrier()  # nobody looks before everybody is here: rank 0 may write soon
     if not file.exists():
-        _write(file, key, _draw(resolved, world, rows, settings, seed, greedy), rows, getattr(settings, "scorer", None), world)
+        drawn = _draw(resolved, world, rows, settings, seed, greedy)
+        texts = [[answer.text for answer in answers] for answers in drawn]
+        scores = judge.score(rows, texts) if judge else [[0.0] * len(answers) for answers in drawn]
+        lines = [
+            {"prompt": as_messages(row.messages[:-1]), "reference": row.messages[-1].content, "answers": [asdict(answer) for answer in answers], "scores": given}
+            for row, answers, given in zip(rows, drawn, scores, strict=True)
+        ]
+        on_first_rank(lambda: _lines(file, [key, *lines]), world)
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     if lines[0] != key:
         changed = ", ".join(name for name in key if lines[0].get(name) != key[name])
@@ -69,6 +88,19 @@ def draw(
     return [
         Drawn(row, [Candidate(**answer) for answer in line["answers"]], line["scores"]) for row, line in zip(rows, lines[1:], strict=True)
     ]
+
+
+def function_judge(name: str, world: World, key: str = "scorer") -> Judge:
+    """A built-in scorer or a function of the user's, asked on rank 0 alone: it may cost money, or be a server.
+
+    key: field that errors name. Raises ConfigError where there is no such function; scoring raises what the function raises.
+    """
+    scorer = load_scorer(name, key)
+
+    def score(rows: Sequence[Conversation], answers: Sequence[Sequence[str]]) -> list[list[float]]:
+        return on_first_rank(lambda: [[score_of(scorer, row, text, name) for text in texts] for row, texts in zip(rows, answers, strict=True)], world)
+
+    return Judge({"name": name}, score)
 
 
 def open_output(output: Path, world: World, mark: str) -> None:
@@ -89,6 +121,20 @@ def write_lines(file: Path, rows: Sequence[dict[str, Any]], world: World) -> Non
     if world.rank == 0:
         _lines(file, rows)
     dist.barrier()
+
+
+def on_first_rank(work: Callable[[], T], world: World) -> T:
+    """What `work` returns on rank 0; what it raises there is raised on every rank (collective)."""
+    found: list[Any] = [None, None]
+    if world.rank == 0:
+        try:
+            found[0] = work()
+        except Exception as error:
+            found[1] = error
+    dist.broadcast_object_list(found, src=0)
+    if found[1] is not None:
+        raise found[1]
+    return found[0]
 
 
 def _lines(file: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -123,22 +169,3 @@ def _draw(recipe: Recipe, world: World, rows: Sequence[Conversation], settings: 
         del engine
         gc.collect()
         destroy_grid()
-
-
-def _write(file: Path, key: dict[str, Any], drawn: list[list[Candidate]], rows: Sequence[Conversation], scorer: str | None, world: World) -> None:
-    """Score (without a scorer: 0) on rank 0 alone: a scorer may cost money, or ask a server. What it raises is raised everywhere (collective)."""
-    failure: list[BaseException | None] = [None]
-    if world.rank == 0:
-        try:
-            judge = load_scorer(scorer) if scorer else lambda row, answer: 0.0
-            scores = [[score_of(judge, row, answer.text, scorer or "") for answer in answers] for row, answers in zip(rows, drawn, strict=True)]
-            lines = [
-                {"prompt": as_messages(row.messages[:-1]), "reference": row.messages[-1].content, "answers": [asdict(answer) for answer in answers], "scores": given}
-                for row, answers, given in zip(rows, drawn, scores)
-            ]
-            _lines(file, [key, *lines])
-        except Exception as error:
-            failure = [error]
-    dist.broadcast_object_list(failure, src=0)
-    if failure[0] is not None:
-        raise failure[0]

@@ -236,6 +236,8 @@ CASES = [
     ("rounds", "rounds.count=2 train.eval_interval=4", 1, "train.eval_interval", "holds none out", "train.eval_interval=null"),
     ("rounds", "rounds.count=2 train.exact_match=true", 1, "train.exact_match", "holds none out", "train.exact_match=false"),
     ("rounds", "rounds.count=2 train.eval_prompts=4", 1, "train.eval_prompts", "holds none out", "train.eval_prompts=0"),
+    ("judges", "best_of_n.scorer=reward_model", 1, "best_of_n.reward_model.checkpoints", "=null: no reward model is named, and it is to score; give a run of megalign rm train, or another best_of_n.scorer", "best_of_n.reward_model.checkpoints=runs/rm"),
+    ("judges", "rso.reward_model.checkpoints=[a,b] rso.scorer=exact_match", 1, "rso.scorer", "=exact_match: rso.reward_model is given, and this scorer does not ask it; set it to reward_model", "rso.scorer=reward_model"),
     ("streaming", "data.streaming=true data.order_by_length=true", 1, "data.order_by_length", "has a window of them", "data.streaming=false"),
 ]  # fmt: skip
 

@@ -37,7 +37,7 @@ def recipe(output: Path, begin: Path, *, parallel: dict[str, Any] | None = None,
 
 
 def work(jobs: list[tuple[str, dict[str, Any]]]) -> list[str]:
-    """("sft", recipe), ("best_of_n", recipe), ... one after the other in the same processes; "" or the error of each."""
+    """("sft", recipe), ("best_of_n", recipe), ("rounds.dpo_rounds", recipe), ... one after the other in the same processes; "" or the error of each."""
     import importlib
 
     from megalign.config.schema import Recipe
@@ -47,7 +47,8 @@ def work(jobs: list[tuple[str, dict[str, Any]]]) -> list[str]:
     found = []
     for command, job in jobs:
         try:
-            getattr(importlib.import_module(f"megalign.{command}"), command)(Recipe.model_validate(job), read_world(os.environ))
+            module, _, function = command.partition(".")
+            getattr(importlib.import_module(f"megalign.{module}"), function or module)(Recipe.model_validate(job), read_world(os.environ))
             found.append("")
         except Exception as error:
             found.append(f"{type(error).__name__}: {error}")

@@ -54,7 +54,7 @@ def test_the_verifiers_score_rises(folder: Path):
 def test_the_best_finished_answer_is_imitated(folder: Path):
     key, *drawn = lines(folder / "two" / "round_1" / "drawn.jsonl")
     chosen = lines(folder / "two" / "round_1" / "chosen.jsonl")
-    assert len(drawn) == 32 and all(len(entry["answers"]) == len(entry["scores"]) == N for entry in drawn) and key["sampling"]["scorer"] == VOWELS
+    assert len(drawn) == 32 and all(len(entry["answers"]) == len(entry["scores"]) == N for entry in drawn) and key["scorer"] == {"name": VOWELS}
     expected = []
     for entry in drawn:
         finished = [(score, -i) for i, (score, answer) in enumerate(zip(entry["scores"], entry["answers"])) if answer["finished"]]

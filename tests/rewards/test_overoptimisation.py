@@ -28,6 +28,17 @@ def test_kl_of_best_of_n():
     u = (np.arange(200000) + 0.5) / 200000
     density = 8 * u**7
     assert best_of_n_kl(8) == pytest.approx(float((density * np.log(density)).mean()), abs=1e-4)
+    with pytest.raises(ValueError, match="n is 0"):
+        best_of_n_kl(0)
+
+
+def test_the_kl_is_a_bound_where_answers_repeat():
+    """From enumeration: reached for many distinct answers, above the KL of few."""
+    for answers, close in ((4, False), (20_000, True)):
+        cumulative = np.arange(answers + 1) / answers  # equally likely, all scores different
+        chosen = np.diff(cumulative**16)
+        exact = float((chosen * np.log(chosen * answers))[chosen > 0].sum())
+        assert exact <= best_of_n_kl(16) + 1e-9 and (abs(exact - best_of_n_kl(16)) < 1e-3) == close
 
 
 def test_the_curve_is_recovered():

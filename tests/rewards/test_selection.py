@@ -1,4 +1,4 @@
-"""Best-of-n and rejection sampling as arithmetic: the distance they go, the distribution they leave, the scorers they ask."""
+"""Best-of-n and rejection sampling as arithmetic: what they keep, the distribution they leave, the scorers they ask."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megalign.best_of_n import kept
 from megalign.config.errors import ConfigError
 from megalign.config.schema import RSOConfig
 from megalign.data.rows import Conversation, Message
-from megalign.rewards.selection import best, kl_of_best_of_n, pairs_of, rejection_sample
+from megalign.rewards.selection import best, pairs_of, rejection_sample
 from megalign.rewards.verifiers import exact_match, load_scorer, score_of, words_in_place
 from megalign.rollout.candidates import Candidate
 from megalign.rso import sampled_pairs
@@ -20,18 +21,6 @@ from megalign.trainer.drawn import Drawn
 ROW = Conversation((Message("user", "What?"), Message("assistant", "Mina eats plums at dawn.")), "rows.jsonl", 7)
 P = np.array([0.4, 0.3, 0.15, 0.1, 0.05])  # a policy over five answers
 R = np.array([0.0, 1.0, -0.5, 2.0, 0.7])  # and their scores
-
-
-def test_the_distance_of_best_of_n():
-    """S8: n = 16: 1.835. The exact KL, from enumeration, reaches the bound for many distinct answers and stays below it for few."""
-    assert kl_of_best_of_n(16) == pytest.approx(1.835, abs=5e-4) and kl_of_best_of_n(1) == 0
-    for answers, close in ((4, 0.5), (20_000, 1e-3)):
-        cumulative = np.arange(answers + 1) / answers  # equally likely, all scores different
-        chosen = np.diff(cumulative**16)
-        exact = float((chosen * np.log(chosen * answers))[chosen > 0].sum())
-        assert exact <= kl_of_best_of_n(16) + 1e-9 and (abs(exact - kl_of_best_of_n(16)) < close) == (answers > 4)
-    with pytest.raises(ValueError, match="n is 0"):
-        kl_of_best_of_n(0)
 
 
 def test_the_best_is_the_first_of_the_largest():
@@ -91,6 +80,15 @@ def test_pairs_come_from_accepted_answers_that_were_finished():
     assert few == [] and facts["accepted"] == 1 / 7 and facts["score"] == 0.95, "towards beta 0 the best alone"
 
 
+def test_the_best_finished_answer_is_imitated_unless_it_is_bad():
+    texts, scores = ["cut", "bad", "worst", "good", "fair"], [0.9, 0.2, -1.0, 0.7, 0.4]
+    entry = Drawn(ROW, [Candidate(text, text != "cut", 3) for text in texts], scores)
+    none = Drawn(ROW, [Candidate("cut", False, 3)] * 2, [1.0, 2.0])
+    (line,) = kept([none, entry], None)
+    assert line == {"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "good"}], "score": 0.7}
+    assert kept([entry], 0.7) == [line] and kept([entry], 0.71) == []
+
+
 def test_verifiers():
     assert exact_match(ROW, " Mina eats  plums at dawn.") == 1 and exact_match(ROW, "Mina eats plums") == 0
     assert words_in_place(ROW, "Mina eats cheese at noon.") == 3 / 5 and words_in_place(ROW, "") == 0
@@ -105,5 +103,5 @@ def test_a_scorer_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ConfigError, match="gave nan for rows.jsonl:7"):
         score_of(load_scorer("my_scorers_of_this_test:broken"), ROW, "abc", "broken")
     for name in ("exact", "my_scorers_of_this_test:lenght", "no_such_module:f", "/no/such/file.py:f"):
-        with pytest.raises(ConfigError, match="give exact_match, words_in_place, or module:function"):
+        with pytest.raises(ConfigError, match="give exact_match, words_in_place, reward_model, or module:function"):
             load_scorer(name)
