@@ -50,11 +50,11 @@ def jensen_shannon(logprobs_NV: Tensor, teacher_logprobs_NV: Tensor, *, beta: fl
 def top_k_forward_kl(logprobs_NK: Tensor, teacher_logprobs_NK: Tensor) -> Tensor:
     """[N] KL(teacher || student) over the teacher's K tokens and one bin for all others, for cached teachers.
 
-    Both: log-probabilities of the same K tokens. A lower bound of the KL over V. What the K tokens leave is taken as one
-    rounding unit at least: of a confident teacher they sum to 1 as rounded, and log(1 - 1) says nothing.
+    Both: log-probabilities of the same K tokens. A lower bound of the KL over V. Of a confident teacher the K tokens sum to
+    1 as rounded, and log(1 - 1) says nothing: what they leave is taken as 1e-6 at least (`log1mexp`).
     """
     teacher = teacher_logprobs_NK.detach()
-    rest, teacher_rest = (log1mexp(x.logsumexp(-1).clamp(max=-torch.finfo(x.dtype).eps)) for x in (logprobs_NK, teacher))
+    rest, teacher_rest = (log1mexp(x.logsumexp(-1)) for x in (logprobs_NK, teacher))
     return _kl(teacher, logprobs_NK) + teacher_rest.exp() * (teacher_rest - rest)
 
 
