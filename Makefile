@@ -7,7 +7,7 @@
 #   ARGS="key=value ..." quickstart: changes to the recipe, e.g. data.validation_rows=20 for a small file
 #
 # make quickstart, seconds of each stage on 2 cores (README has the table): install, train to the half and be killed,
-# resume and finish with answers and report, learn from pairs.
+# resume and finish with answers, a reward model from pairs, DPO from pairs, report.
 
 PYTHON ?= python3
 VENV ?= .venv

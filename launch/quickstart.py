@@ -1,9 +1,10 @@
 """`make quickstart`: a MoE chat model in real 3D parallelism on this machine, killed half-way, resumed, asked, and given pairs.
 
-Stages, each timed: train to the half and be killed with kill -9; resume and finish, answer held-out prompts; learn from pairs
-(DPO) of right answers and some that break the rules; check. Exit code 0 only if the resumed losses are bitwise those of the run
-before it was killed, every expert has work, and (on the built-in dialogues) at least 80 % of the held-out prompts are answered
-word for word and at least 90 % of the held-out pairs ranked as judged.
+Stages, each timed: train to the half and be killed with kill -9; resume and finish, answer held-out prompts; a reward model
+learns from pairs of right answers and some that break the rules; the chat model learns from such pairs (DPO); check. Exit code 0
+only if the resumed losses are bitwise those of the run before it was killed, every expert has work, and (on the built-in
+dialogues) at least 80 % of the held-out prompts are answered word for word, 80 % of the held-out pairs are ranked as judged by
+the reward model, and 90 % by the chat model after DPO.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-RUN, PAIRS = Path("runs/quickstart"), Path("runs/quickstart-dpo")
+RUN, REWARDS, PAIRS = Path("runs/quickstart"), Path("runs/quickstart-rm"), Path("runs/quickstart-dpo")
 OVERLAP = 10  # steps after the checkpoint that are done twice and compared
 console = Console(highlight=False, soft_wrap=True)
 
@@ -34,9 +35,9 @@ def main() -> None:
     overrides = list(arguments.overrides)
     if arguments.data:
         overrides += [f"data.train={arguments.data}", "train.exact_match=false", "data.tokenizer.vocab_size=2048"]
-    fresh_folder(RUN)
-    fresh_folder(PAIRS)
-    stages = 3 if arguments.data else 4  # a file of yours holds dialogues; pairs of answers are another
+    for run in (RUN, REWARDS, PAIRS):
+        fresh_folder(run)
+    stages = 3 if arguments.data else 5  # a file of yours holds dialogues; pairs of answers are another
     started = time.monotonic()
     seconds = {}
     memory = Memory()
@@ -53,15 +54,15 @@ def main() -> None:
     seconds["resume, finish, answer"] = time.monotonic() - begun
 
     if not arguments.data:
-        console.rule(f"3/{stages}  learn from pairs (DPO): its answers against others that break the rules")
-        begun = time.monotonic()
-        if subprocess.run([sys.executable, "-m", "megalign", "dpo", "quickstart-dpo", f"model.init_from={RUN}", f"output={PAIRS}"]).returncode:
-            fail("learning from pairs failed; its message is above")
-        seconds["learn from pairs"] = time.monotonic() - begun
+        console.rule(f"3/{stages}  a reward model, from the chat model, learns from pairs: right answers above those that break the rules")
+        seconds["reward model"] = learn_from_pairs("rm train", "quickstart-rm", REWARDS)
+        console.rule(f"4/{stages}  the chat model learns from pairs (DPO): its answers against others that break the rules")
+        seconds["DPO"] = learn_from_pairs("dpo", "quickstart-dpo", PAIRS)
 
     console.rule(f"{stages}/{stages}  what came out")
     show(before, half, exact=not arguments.data)
     if not arguments.data:
+        show_rewards()
         show_pairs()
     taken = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
     installed = Path(sys.prefix) / ".ready"
@@ -71,7 +72,7 @@ def main() -> None:
     console.print(f"audit of the copies on the four ranks: {audited()}")
     console.print(f"\nreport: [bold]{(RUN / 'report.html').resolve()}[/]")
     if not arguments.data:
-        console.print(f"report of the pairs: [bold]{(PAIRS / 'report.html').resolve()}[/]")
+        console.print(f"reports of the reward model and of DPO: [bold]{(REWARDS / 'report.html').resolve()}[/], [bold]{(PAIRS / 'report.html').resolve()}[/]")
     console.print("\nnext:")
     megalign = Path(sys.executable).with_name("megalign")
     megalign = os.path.relpath(megalign) if megalign.is_relative_to(Path.cwd()) else str(megalign)
@@ -107,6 +108,14 @@ class Memory(threading.Thread):
 
 def command(overrides: list[str]) -> list[str]:
     return [sys.executable, "-m", "megalign", "sft", "quickstart", f"output={RUN}", *overrides]
+
+
+def learn_from_pairs(what: str, recipe: str, output: Path) -> float:
+    """Run a recipe that starts from the chat model; return the seconds it took."""
+    begun = time.monotonic()
+    if subprocess.run([sys.executable, "-m", "megalign", *what.split(), recipe, f"model.init_from={RUN}", f"output={output}"]).returncode:
+        fail(f"megalign {what} {recipe} failed; its message is above")
+    return time.monotonic() - begun
 
 
 def fresh_folder(run: Path) -> None:
@@ -191,6 +200,18 @@ def show(before: dict[int, tuple[float, float]], half: int, *, exact: bool) -> N
         fail(f"exact match is {summary['exact_match']:.0%}, below 80 %")
     if exact and smallest < 0.03:
         fail(f"an expert gets {smallest:.1%} of the tokens, below 3 %")
+
+
+def show_rewards() -> None:
+    """Print and check how the reward model ranks held-out pairs."""
+    found = json.loads((REWARDS / "rewards.json").read_text())["heads"]["reward"]["held_out"]
+    low, high = found["accuracy_interval"]
+    console.print(
+        f"\nreward model: [bold]{found['accuracy']:.0%}[/] of {found['pairs']} held-out pairs ranked as judged (95 %: {low:.0%} to {high:.0%}); "
+        f"always the longer answer: {found['length_only_accuracy']:.0%}"
+    )
+    if found["accuracy"] < 0.8:
+        fail(f"the reward model ranks {found['accuracy']:.0%} of the held-out pairs as judged, below 80 %")
 
 
 def show_pairs() -> None:

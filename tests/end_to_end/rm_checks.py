@@ -9,6 +9,9 @@ from typing import Any
 import dpo_checks
 import sft_checks
 
+LONGER = {"max_steps": 40, "global_batch_size": 8, "micro_batch_size": 4}
+WARM, COLD = "kind gladly thanks bright warm gentle happy fine".split(), "nasty never gloom cold bitter rude grim awful".split()
+
 
 def recipe(output: Path, *, parallel: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
     """A tiny dense model on 24 pairs of the built-in grammar; `changes`: section=dict."""
