@@ -2,7 +2,7 @@
 
     python benchmarks/dpo_speed/run_rm.py [--data ../shared/data/hh_harmless/pairs.jsonl.gz] [--rounds 3] [--steps 10] [--threads 2]
 
-The setting of run.py: one CPU process a side, the Llama of 18.9M parameters (15.8M without its output layer, which a reward model
+The setting of run.py: one CPU process a side, the Llama of 18.9M parameters (15.7M without its output layer, which a reward model
 lacks), FP32, 8 pairs a step, sides of at most 256 tokens; both sides load one LlamaForSequenceClassification and see the same token
 ids in the same order. Sides alternate in processes of their own. Printed besides: the largest difference between the scores of both.
 Results go to benchmarks/results/rm_speed.json.
