@@ -25,7 +25,9 @@ from megalign.kernels.launch import launch, processors
 from megalign.kernels.logprob import Statistics, merged
 from megalign.kernels.tiles import TILE, ceil_tiles, round_up
 
-BLOCK_ROWS, BLOCK_VOCABULARY, BLOCK_DEPTH = TILE, TILE, 64
+BLOCK_ROWS = TILE
+# Columns and depth of a tile of logits. FP32 is multiplied on the ordinary cores, from registers: a larger tile would spill.
+BLOCKS = {torch.bfloat16: (TILE, 64), torch.float16: (TILE, 64), torch.float32: (64, 32)}
 CHUNK_LOGITS = 2**28  # of the buffer of gradients: 512 MB in BF16
 
 
@@ -119,14 +121,15 @@ def shard_statistics(hidden: Tensor, weight: Tensor, targets: Tensor, *, entropy
     if count == 0 or vocabulary == 0:
         empty = torch.zeros(4, count, device=hidden.device)
         return Statistics(empty[0].fill_(torch.finfo(torch.float32).min), *empty[1:]), None
-    tiles = ceil_tiles(vocabulary)
+    constants = _tiles(hidden)
+    tiles = -(-vocabulary // constants["COLUMNS"])
     blocks = ceil_tiles(count)
     splits = min(tiles, max(1, 4 * processors(hidden.device) // blocks))
     per_split = -(-tiles // splits)
     splits = -(-tiles // per_split)
     parts = torch.zeros(4, splits, count, device=hidden.device)
     sizes = (count, vocabulary, hidden.shape[1], per_split)
-    launch(statistics_kernel, (blocks, splits), hidden.contiguous(), weight.contiguous(), targets, *parts, *sizes, ENTROPY=entropy, device=hidden.device, **_tiles(hidden))
+    launch(statistics_kernel, (blocks, splits), hidden.contiguous(), weight.contiguous(), targets, *parts, *sizes, ENTROPY=entropy, device=hidden.device, **constants)
     return merged(Statistics(*parts)), None
 
 
@@ -138,6 +141,7 @@ def shard_gradients(
     count, (vocabulary, depth) = len(targets), weight.shape
     if count == 0 or vocabulary == 0:
         return
+    constants = _tiles(hidden)
     stride = round_up(vocabulary, 8)  # rows start on 16 bytes, as the GEMMs after it want them
     size = min(count, max(BLOCK_ROWS, CHUNK_LOGITS // stride // BLOCK_ROWS * BLOCK_ROWS))
     buffer = hidden.new_empty(size, stride)
@@ -146,10 +150,10 @@ def shard_gradients(
     for start in range(0, count, size):
         rows = slice(start, min(start + size, count))
         n = rows.stop - start
-        grid = (ceil_tiles(n), ceil_tiles(vocabulary))
+        grid = (ceil_tiles(n), -(-vocabulary // constants["COLUMNS"]))
         of_tokens = (targets[rows], log_z[rows], g[rows], upstream[rows], entropies[rows])
         sizes = (n, vocabulary, depth, stride)
-        launch(logit_gradients_kernel, grid, hidden[rows], weight, *of_tokens, buffer, *sizes, ENTROPY=h is not None, device=hidden.device, **_tiles(hidden))
+        launch(logit_gradients_kernel, grid, hidden[rows], weight, *of_tokens, buffer, *sizes, ENTROPY=h is not None, device=hidden.device, **constants)
         gradients = buffer[:n, :vocabulary]
         if grad_hidden is not None:
             torch.mm(gradients, weight, out=grad_hidden[rows])
@@ -159,5 +163,6 @@ def shard_gradients(
 
 def _tiles(hidden: Tensor) -> dict[str, Any]:
     """FP32 operands are multiplied as such (no TF32): they come from tests and from FP32 training."""
+    columns, depth = BLOCKS[hidden.dtype]
     precision = "ieee" if hidden.dtype == torch.float32 else "tf32"
-    return {"ROWS": BLOCK_ROWS, "COLUMNS": BLOCK_VOCABULARY, "DEPTH": BLOCK_DEPTH, "PRECISION": precision, "num_warps": 8, "num_stages": 3}
+    return {"ROWS": BLOCK_ROWS, "COLUMNS": columns, "DEPTH": depth, "PRECISION": precision, "num_warps": 8, "num_stages": 3}

@@ -51,10 +51,11 @@ def test_kernels_against_float64(dtype: torch.dtype, entropy: bool, splits: int,
 
 
 def test_what_is_compiled_ahead_is_what_was_launched():
-    hidden, weight, targets = inputs(torch.bfloat16, n=5)
     with record_launches() as launches:
-        for entropy in (False, True):
-            gradients(lambda h, w, t, entropy=entropy: triton_logprobs(h, w, t, entropy=entropy), hidden, weight, targets, [torch.ones(5)] * (1 + entropy))
+        for dtype in (torch.bfloat16, torch.float32):
+            hidden, weight, targets = inputs(dtype, n=5)
+            for entropy in (False, True):
+                gradients(lambda h, w, t, entropy=entropy: triton_logprobs(h, w, t, entropy=entropy), hidden, weight, targets, [torch.ones(5)] * (1 + entropy))
     assert not ahead.unlaunched(ahead.load_cases("cases_logprob"), launches)
 
 
