@@ -75,6 +75,7 @@ def test_shards_draw_the_noise_of_their_place(fp8: bool):
     """A cut by columns behind 2^32 elements: both halves of the counter count."""
     place = Place(offset=5 * 2**32 + 60, columns=60, row_stride=120)
     assert both_paths((40, 60), BF16, fp8=fp8, place=place) == []
+    assert both_paths((40, 60), BF16, fp8=fp8, place=Place(offset=7, start=600)) == []  # whole rows behind the tenth
     if not fp8:
         assert both_paths((2400,), BF16, fp8=False, place=Place(60, 60, 120, start=1000)) == []
 
