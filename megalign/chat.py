@@ -12,10 +12,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megalign.data.encode import encode_prompt
-from megalign.data.rows import Conversation, Message
+from megalign.data.rows import Message
 from megalign.data.tokenizer import Tokenizer
 from megalign.parallel.grid import Grid
+from megalign.rollout.candidates import candidates
 from megalign.rollout.generate import context_length, generate
 from megalign.rollout.sampler import SamplingParams
 from megalign.rollout.talk import Talk, stop_ids
@@ -38,29 +38,21 @@ def answer(
     """The assistant's next message in each conversation, alike on every rank (collective).
 
     An answer ends with the turn, after `max_new_tokens`, or where the context is full: "" for a conversation
-    that leaves no room. Prompts of similar length share a batch, so that few slots are padding.
+    that leaves no room.
     """
-    prompts = [
-        encode_prompt(Conversation(tuple(messages)), tokenizer, template) for messages in conversations
-    ]
-    fitting = [row for row, prompt in enumerate(prompts) if len(prompt) < context_length(chunks)]
-    by_length = sorted(fitting, key=lambda row: len(prompts[row]))
-    answers, size, stops = [""] * len(prompts), BATCH * grid.data.size, stop_ids(tokenizer)
-    for start in range(0, len(by_length), size):
-        rows = by_length[start : start + size]
-        replies = generate(
-            chunks,
-            grid,
-            [prompts[row] for row in rows],
-            max_new_tokens=max_new_tokens,
-            stop_ids=stops,
-            vocab_size=tokenizer.vocab_size,
-            sampling=sampling,
-            seed=seed + start,
-        )
-        for row, reply in zip(rows, replies, strict=True):
-            answers[row] = tokenizer.decode(reply[:-1] if reply[-1] in stops else reply)
-    return answers
+    found = candidates(
+        chunks,
+        grid,
+        tokenizer,
+        conversations,
+        1,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        seed=seed,
+        template=template,
+        at_once=BATCH * grid.data.size,
+    )
+    return [answers[0].text if answers else "" for answers in found]
 
 
 def run_chat(

@@ -19,7 +19,7 @@ import numpy as np
 from megalign.config.schema import DataConfig, Recipe
 from megalign.data import grammar
 from megalign.data.cache import KEPT, Encoded, announcer, cache_folder, encode_key, entry_key, write_encoded
-from megalign.data.dataset import Dataset, PackRange, tokenizer_of
+from megalign.data.dataset import Dataset, tokenizer_of
 from megalign.data.encode import check_template
 from megalign.data.once import build_once
 from megalign.data.packs import Kept, account, cut_out
@@ -37,6 +37,7 @@ from megalign.data.rows import (
 from megalign.data.source import Source
 from megalign.data.splits import Look, Piece, Split, listing, look_at, read_splits
 from megalign.data.tokenizer import Tokenizer
+from megalign.data.whole import mixture_parts, sizes
 
 JUDGEMENT = np.dtype([("weight", "<f8"), ("desirable", "u1")])
 
@@ -116,14 +117,8 @@ def build_answers(recipe: Recipe) -> tuple[Dataset, Dataset]:
 
 def build_answer_set(recipe: Recipe, split: Split, tokenizer: Tokenizer, *, held_out: bool) -> Dataset:
     """The labelled answers of a split as a data set."""
-    rows, parts, start = AnswerRows(split.pieces, held_out), [], 0
-    first = 0
-    for part in split.parts:
-        count = int(np.isin(rows.piece, np.arange(first, first + len(part.pieces))).sum())
-        if recipe.data.mixture is not None and len(split.parts) == len(recipe.data.mixture):
-            parts.append(PackRange(part.name, part.weight, start, start + count))
-        start, first = start + count, first + len(part.pieces)
-    return Dataset(rows, tokenizer, _statistics(rows, split, recipe.data.sequence_length), Wanted(split.pieces, len(rows)), rows.lengths, parts)
+    rows = AnswerRows(split.pieces, held_out)
+    return Dataset(rows, tokenizer, _statistics(rows, split, recipe.data.sequence_length), Wanted(split.pieces, len(rows)), rows.lengths, mixture_parts(recipe, split, rows.piece))
 
 
 class AnswerRows(Sequence[list[Example]]):
@@ -195,14 +190,5 @@ def _statistics(rows: AnswerRows, split: Split, capacity: int) -> dict[str, Any]
         judgement = "answer {} {weight} {desirable}".format(len(example), **values_of(rows.columns, row))
         digest.update(judgement.encode() + example.input_ids.tobytes() + example.loss_mask.tobytes())
         scored += int(np.count_nonzero(example.loss_mask))
-    tokens = int(rows.lengths.sum())
-    return {
-        **account(split.pieces, capacity),
-        "desirable": int(rows.columns["desirable"].sum()),
-        "tokens": tokens,
-        "scored_tokens": scored,
-        "packs": len(rows),
-        "fill_share": tokens / (len(rows) * capacity) if len(rows) else 0.0,
-        "sequence_length": capacity,
-        "fingerprint": digest.hexdigest(),
-    }
+    desirable = int(rows.columns["desirable"].sum())
+    return {**account(split.pieces, capacity), "desirable": desirable, **sizes(rows.lengths, scored, capacity, digest.hexdigest())}

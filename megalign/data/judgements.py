@@ -34,11 +34,11 @@ from megalign.data.cache import (
     entry_key,
     write_encoded,
 )
-from megalign.data.dataset import DOCUMENT_GRAIN, Dataset, PackRange, tokenizer_of
+from megalign.data.dataset import DOCUMENT_GRAIN, Dataset, tokenizer_of
 from megalign.data.encode import check_template
 from megalign.data.labels import OBSERVED
 from megalign.data.once import build_once
-from megalign.data.packs import OUTCOMES, REJECTED_SHOWN, cut_out
+from megalign.data.packs import cut_out
 from megalign.data.pairs import as_pairs, shared_prompt
 from megalign.data.pairs import sides as both_sides
 from megalign.data.rows import (
@@ -52,8 +52,16 @@ from megalign.data.rows import (
     ScoredResponse,
 )
 from megalign.data.source import Source
-from megalign.data.splits import BAD_SHOWN, Look, Piece, Split, listing, read_splits
+from megalign.data.splits import Look, Piece, Split, listing, read_splits
 from megalign.data.tokenizer import Tokenizer
+from megalign.data.whole import (
+    KeptWhole,
+    WholeRows,
+    account_of_whole,
+    look_at_whole,
+    mixture_parts,
+    sizes,
+)
 
 Judgement = PreferencePair | ScoredResponse
 Heads = Mapping[str, HeadConfig]
@@ -213,17 +221,13 @@ def _facts(row: Judgement, heads: Heads) -> dict[str, Any]:
     return {"sides": 2 if pair else 1, "weight": row.weight if pair else 1.0, "margin": (row.margin or 0.0) if pair else 0.0, "labels": labels}
 
 
-class JudgedRows(Sequence[list[Example]]):
+class JudgedRows(WholeRows):
     """Rows read from the cache when asked for. `columns[name]`: [P, 2] values that the examples carry."""
 
-    def __init__(self, sources: list[EncodedRows], ranges: list[tuple[int, int]], names: Sequence[str]):
-        self._sources = sources
-        kept = [np.flatnonzero(s.outcomes[start:stop] == KEPT) + start for s, (start, stop) in zip(sources, ranges)]
-        self.piece = np.concatenate([np.full(len(rows), i) for i, rows in enumerate(kept)] or [np.zeros(0, np.int64)])
-        self.row = np.concatenate([*kept, np.zeros(0, np.int64)])
-        self.lengths = np.concatenate([*(s.lengths[rows] for s, rows in zip(sources, kept)), np.zeros((0, 2), np.int64)])
-        self.tokens = self.lengths.sum(-1)
-        facts = [sources[piece].facts[row] for piece, row in zip(self.piece.tolist(), self.row.tolist())]
+    def __init__(self, pieces: Sequence[Piece], names: Sequence[str]):
+        super().__init__(pieces)
+        self._sources: list[EncodedRows] = [piece.look.encoded for piece in pieces]
+        facts = [self._sources[piece].facts[row] for piece, row in zip(self.piece.tolist(), self.row.tolist())]
         self.paired = np.array([fact["sides"] == 2 for fact in facts], bool)
 
         def column(one: Any, other: Any = None) -> np.ndarray:
@@ -239,13 +243,8 @@ class JudgedRows(Sequence[list[Example]]):
             found = [[math.nan if value is None else value for value in fact["labels"][name]] for fact in facts]
             self.columns[name] = column([values[0] for values in found], [values[-1] for values in found])
 
-    def __len__(self) -> int:
-        return len(self.row)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        index = range(len(self))[index]
+    def read(self, index: int) -> list[Example]:
+        """[chosen, rejected], or [answer]."""
         source, row = self._sources[self.piece[index]], self.row[index]
         found = []
         for side in range(2 if self.paired[index] else 1):
@@ -255,27 +254,15 @@ class JudgedRows(Sequence[list[Example]]):
         return found
 
 
-class KeptRows(Sequence[Conversation]):
+class KeptRows(KeptWhole):
     """The first answer of every row in a data set, read from the files again."""
-
-    def __init__(self, pieces: list[Piece], rows: JudgedRows):
-        self._pieces, self._rows = pieces, rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: Any) -> Any:
-        return list(islice(self, *index.indices(len(self)))) if isinstance(index, slice) else next(islice(iter(self), range(len(self))[index], None))
 
     def __iter__(self) -> Iterator[Conversation]:
         return (conversations(row)[0] for row in self.judgements())
 
     def judgements(self) -> Iterator[Judgement]:
         """The rows themselves."""
-        for number, piece in enumerate(self._pieces):
-            wanted = set(self._rows.row[self._rows.piece == number].tolist())
-            rows: Iterator[Any] = piece.rows()
-            yield from (row for index, row in enumerate(rows, piece.start) if index in wanted)
+        return self.read_again()
 
 
 def build_judgements(recipe: Recipe) -> tuple[Dataset, Dataset]:
@@ -290,10 +277,7 @@ def build_judgements(recipe: Recipe) -> tuple[Dataset, Dataset]:
     def look(source: Source) -> Look:
         if any(isinstance(row, (PreferencePair, ScoredResponse)) for row in islice(source.rows(), 100)):
             check_template(tokenizer, recipe.data.template, recipe.data.loss_on)
-        found = encode_judgements(source, tokenizer, recipe.data, heads, folder)
-        unusable = int((~np.isin(found.outcomes, (KEPT, TOO_LONG))).sum())
-        bad = islice(found.rejected(0, len(found.outcomes), (UNREADABLE, REFUSED)), BAD_SHOWN)
-        return Look(found.outcomes != UNREADABLE, unusable, list(bad), found)
+        return look_at_whole(encode_judgements(source, tokenizer, recipe.data, heads, folder))
 
     train, validation = (build_judged_set(recipe, split, tokenizer) for split in read_splits(recipe, look, lambda row: as_judgements(row, heads)))
     for key, dataset in (("train", train), ("validation", validation)):
@@ -315,45 +299,18 @@ def build_judged_set(recipe: Recipe, split: Split, tokenizer: Tokenizer) -> Data
     """The rows of a split as a data set whose rows are `[chosen, rejected]` or `[answer]`."""
     heads = recipe.rm.heads
     names = [*heads, *(name + OBSERVED for name, head in heads.items() if head.loss in TIMES)]
-    rows = JudgedRows([piece.look.encoded for piece in split.pieces], [(piece.start, piece.stop) for piece in split.pieces], names)
-    parts, start, number = [], 0, 0
-    for part in split.parts:
-        count = int(np.isin(rows.piece, np.arange(number, number + len(part.pieces))).sum())
-        number += len(part.pieces)
-        if recipe.data.mixture is not None and len(split.parts) == len(recipe.data.mixture):
-            parts.append(PackRange(part.name, part.weight, start, start + count))
-        start += count
-    return Dataset(rows, tokenizer, _statistics(rows, split, recipe.data.sequence_length, names), KeptRows(split.pieces, rows), rows.tokens, parts)
+    rows = JudgedRows(split.pieces, names)
+    statistics = _statistics(rows, split, recipe.data.sequence_length, names)
+    return Dataset(rows, tokenizer, statistics, KeptRows(split.pieces, rows), rows.tokens, mixture_parts(recipe, split, rows.piece))
 
 
 def _statistics(rows: JudgedRows, split: Split, capacity: int, names: Sequence[str]) -> dict[str, Any]:
-    """What became of each row, as `packs` says it; `fingerprint` is over every token, weight and label."""
+    """What became of each row; `fingerprint` is over every token, weight and label."""
     digest = hashlib.sha256()
     scored = 0
     for row in rows:
         for example in row:
             digest.update(f"side {len(example)} {[*example.values.values()]!r}".encode() + example.input_ids.tobytes())
             scored += int(np.count_nonzero(example.loss_mask))
-    sources: dict[str, dict[str, Any]] = {}
-    rejected: list[BadRow] = []
-    for piece in split.pieces:
-        counts = sources.setdefault(piece.source.name, {"format": piece.source.format, **dict.fromkeys(OUTCOMES, 0)})
-        found: EncodedRows = piece.look.encoded
-        outcomes = found.outcomes[piece.start : piece.stop]
-        kept, too_long = outcomes == KEPT, outcomes == TOO_LONG
-        for name, which in (("rows_read", np.ones(len(outcomes), bool)), ("rows_kept", kept), ("truncated_away", too_long), ("bad", ~kept & ~too_long)):
-            counts[name] += int(which.sum())
-        rejected += islice(found.rejected(piece.start, piece.stop), REJECTED_SHOWN - len(rejected))
-    tokens = int(rows.tokens.sum())
-    return {
-        **{name: sum(counts[name] for counts in sources.values()) for name in OUTCOMES},
-        "rejected": [vars(row) for row in rejected],
-        "sources": sources,
-        "labels": {name: int((~np.isnan(rows.columns[name])).any(-1).sum()) for name in names if not name.endswith(OBSERVED)},
-        "tokens": tokens,
-        "scored_tokens": scored,
-        "packs": len(rows),
-        "fill_share": tokens / (len(rows) * capacity) if len(rows) else 0.0,
-        "sequence_length": capacity,
-        "fingerprint": digest.hexdigest(),
-    }
+    labels = {name: int((~np.isnan(rows.columns[name])).any(-1).sum()) for name in names if not name.endswith(OBSERVED)}
+    return {**account_of_whole(split.pieces), "labels": labels, **sizes(rows.tokens, scored, capacity, digest.hexdigest())}

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +32,10 @@ from megalign.data.cache import (
     entry_key,
     write_encoded,
 )
-from megalign.data.dataset import DOCUMENT_GRAIN, Dataset, PackRange, tokenizer_of
+from megalign.data.dataset import DOCUMENT_GRAIN, Dataset, tokenizer_of
 from megalign.data.encode import check_template
 from megalign.data.once import build_once
-from megalign.data.packs import OUTCOMES, REJECTED_SHOWN, cut_out
+from megalign.data.packs import cut_out
 from megalign.data.rows import (
     AnyRow,
     BadRow,
@@ -49,8 +48,16 @@ from megalign.data.rows import (
     Response,
 )
 from megalign.data.source import Source
-from megalign.data.splits import BAD_SHOWN, Look, Piece, Split, listing, read_splits
+from megalign.data.splits import Look, Piece, Split, listing, read_splits
 from megalign.data.tokenizer import Tokenizer
+from megalign.data.whole import (
+    KeptWhole,
+    WholeRows,
+    account_of_whole,
+    look_at_whole,
+    mixture_parts,
+    sizes,
+)
 
 
 def as_pairs(row: AnyRow) -> list[PreferencePair | BadRow]:
@@ -142,10 +149,7 @@ def build_pairs(recipe: Recipe) -> tuple[Dataset, Dataset]:
         first = next((row for row in source.rows() if isinstance(row, PreferencePair)), None)
         if first is not None:
             check_template(tokenizer, recipe.data.template, recipe.data.loss_on)
-        pairs = encode_pairs(source, tokenizer, recipe.data, folder)
-        unusable = int((~np.isin(pairs.outcomes, (KEPT, TOO_LONG))).sum())
-        bad = islice(pairs.rejected(0, len(pairs.outcomes), (UNREADABLE, REFUSED)), BAD_SHOWN)
-        return Look(pairs.outcomes != UNREADABLE, unusable, list(bad), pairs)
+        return look_at_whole(encode_pairs(source, tokenizer, recipe.data, folder))
 
     train, validation = (build_pair_set(recipe, split, tokenizer) for split in read_splits(recipe, look, as_pairs))
     for key, dataset in (("train", train), ("validation", validation)):
@@ -161,39 +165,22 @@ def build_pairs(recipe: Recipe) -> tuple[Dataset, Dataset]:
 
 def build_pair_set(recipe: Recipe, split: Split, tokenizer: Tokenizer) -> Dataset:
     """The pairs of a split as a data set whose rows are `[chosen, rejected]`."""
-    rows = PairRows([piece.look.encoded for piece in split.pieces], [(piece.start, piece.stop) for piece in split.pieces])
-    parts, start = [], 0
-    number = 0
-    for part in split.parts:
-        count = int(np.isin(rows.piece, np.arange(number, number + len(part.pieces))).sum())
-        number += len(part.pieces)
-        if recipe.data.mixture is not None and len(split.parts) == len(recipe.data.mixture):
-            parts.append(PackRange(part.name, part.weight, start, start + count))
-        start += count
-    return Dataset(rows, tokenizer, _statistics(rows, split, recipe.data.sequence_length), KeptPairs(split.pieces, rows), rows.tokens, parts)
+    rows = PairRows(split.pieces)
+    return Dataset(rows, tokenizer, _statistics(rows, split, recipe.data.sequence_length), KeptPairs(split.pieces, rows), rows.tokens, mixture_parts(recipe, split, rows.piece))
 
 
-class PairRows(Sequence[list[Example]]):
+class PairRows(WholeRows):
     """Pairs read from the cache when asked for. `columns[name]`: [P, 2] values that the examples carry."""
 
-    def __init__(self, pairs: list[EncodedPairs], ranges: list[tuple[int, int]]):
-        self._pairs = pairs
-        kept = [np.flatnonzero(p.outcomes[start:stop] == KEPT) + start for p, (start, stop) in zip(pairs, ranges)]
-        self.piece = np.concatenate([np.full(len(rows), i) for i, rows in enumerate(kept)] or [np.zeros(0, np.int64)])
-        self.row = np.concatenate([*kept, np.zeros(0, np.int64)])
-        self.lengths = np.concatenate([*(p.lengths[rows] for p, rows in zip(pairs, kept)), np.zeros((0, 2), np.int64)])
-        self.tokens = self.lengths.sum(-1)
-        weights = np.concatenate([*(p.weights[rows] for p, rows in zip(pairs, kept)), np.zeros(0)])
+    def __init__(self, pieces: Sequence[Piece]):
+        super().__init__(pieces)
+        self._pairs: list[EncodedPairs] = [piece.look.encoded for piece in pieces]
+        weights = np.concatenate([*(pairs.weights[self.row[self.piece == number]] for number, pairs in enumerate(self._pairs)), np.zeros(0)])
         numbers = np.arange(len(self.row), dtype=np.float64)
         self.columns: dict[str, np.ndarray] = {name: np.stack([x, x], -1) for name, x in (("weight", weights), ("row", numbers))}
 
-    def __len__(self) -> int:
-        return len(self.row)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        index = range(len(self))[index]
+    def read(self, index: int) -> list[Example]:
+        """[chosen, rejected]."""
         pairs, row = self._pairs[self.piece[index]], self.row[index]
         chosen, rejected = (cut_out(pairs.encoded, int(pairs.starts[row, side]), int(pairs.lengths[row, side])) for side in (0, 1))
         values = [{name: float(column[index, side]) for name, column in self.columns.items()} for side in (0, 1)]
@@ -209,56 +196,23 @@ def shared_prompt(chosen: Example, rejected: Example) -> int:
     return max(0, min(same, int(rejected.loss_mask.argmax()) - 1))
 
 
-class KeptPairs(Sequence[Conversation]):
+class KeptPairs(KeptWhole):
     """The chosen side of every pair in a data set, read from the files again: prompts to answer, with a reference."""
-
-    def __init__(self, pieces: list[Piece], rows: PairRows):
-        self._pieces, self._rows = pieces, rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: Any) -> Any:
-        return list(islice(self, *index.indices(len(self)))) if isinstance(index, slice) else next(islice(iter(self), range(len(self))[index], None))
 
     def __iter__(self) -> Iterator[Conversation]:
         return (Conversation((*pair.prompt, *pair.chosen.messages), pair.source, pair.line, pair.tools) for pair in self.pairs())
 
     def pairs(self) -> Iterator[PreferencePair]:
         """The pairs themselves."""
-        for number, piece in enumerate(self._pieces):
-            wanted = set(self._rows.row[self._rows.piece == number].tolist())
-            rows: Iterator[Any] = piece.rows()
-            yield from (row for index, row in enumerate(rows, piece.start) if index in wanted)
+        return self.read_again()
 
 
 def _statistics(rows: PairRows, split: Split, capacity: int) -> dict[str, Any]:
-    """What became of each pair, as `packs` says it of rows; `fingerprint` is over every token and weight."""
+    """What became of each pair; `fingerprint` is over every token and weight."""
     digest = hashlib.sha256()
     scored = 0
     for pair in rows:
         for example in pair:
             digest.update(f"side {len(example)} {example.values['weight']!r}".encode() + example.input_ids.tobytes() + example.loss_mask.tobytes())
             scored += int(np.count_nonzero(example.loss_mask))
-    sources: dict[str, dict[str, Any]] = {}
-    rejected: list[BadRow] = []
-    for piece in split.pieces:
-        counts = sources.setdefault(piece.source.name, {"format": piece.source.format, **dict.fromkeys(OUTCOMES, 0)})
-        pairs: EncodedPairs = piece.look.encoded
-        outcomes = pairs.outcomes[piece.start : piece.stop]
-        kept, too_long = outcomes == KEPT, outcomes == TOO_LONG
-        for name, which in (("rows_read", np.ones(len(outcomes), bool)), ("rows_kept", kept), ("truncated_away", too_long), ("bad", ~kept & ~too_long)):
-            counts[name] += int(which.sum())
-        rejected += islice(pairs.rejected(piece.start, piece.stop), REJECTED_SHOWN - len(rejected))
-    tokens = int(rows.tokens.sum())
-    return {
-        **{name: sum(counts[name] for counts in sources.values()) for name in OUTCOMES},
-        "rejected": [vars(row) for row in rejected],
-        "sources": sources,
-        "tokens": tokens,
-        "scored_tokens": scored,
-        "packs": len(rows),
-        "fill_share": tokens / (len(rows) * capacity) if len(rows) else 0.0,
-        "sequence_length": capacity,
-        "fingerprint": digest.hexdigest(),
-    }
+    return {**account_of_whole(split.pieces), **sizes(rows.tokens, scored, capacity, digest.hexdigest())}

@@ -37,18 +37,20 @@ def candidates(
     sampling: SamplingParams,
     seed: int,
     template: str = "tokenizer",
+    at_once: int = ROWS,
 ) -> list[list[Candidate]]:
     """n independent answers to each prompt, alike on every rank (collective); none to one that leaves no room.
 
-    The same seed gives the same answers on every layout, up to rounding.
+    The same seed gives the same answers on every layout, up to rounding, where `at_once` is the same. Prompts of similar
+    length share a batch, so that few slots are padding.
     """
     encoded = [encode_prompt(Conversation(tuple(messages)), tokenizer, template) for messages in prompts]
     fitting = [row for row, prompt in enumerate(encoded) if len(prompt) < context_length(chunks)]
-    wanted = [row for row in sorted(fitting, key=lambda row: len(encoded[row])) for _ in range(n)]  # little padding in a batch
+    wanted = [row for row in sorted(fitting, key=lambda row: len(encoded[row])) for _ in range(n)]
     found: list[list[Candidate]] = [[] for _ in prompts]
     stops = stop_ids(tokenizer)
-    for start in range(0, len(wanted), ROWS):
-        rows = wanted[start : start + ROWS]
+    for start in range(0, len(wanted), at_once):
+        rows = wanted[start : start + at_once]
         replies = generate(
             chunks,
             grid,
