@@ -40,6 +40,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert said[:7] == ["", "", f"at step {STOP}", "", f"at step {STOP}", "", ""], said
     assert said[7].startswith("RunError") and "was drawn with another sampling" in said[7]
     assert said[8].startswith("ConfigError") and "anchored to the policy that it starts from" in said[8]
+    cut = {**rounds(base, base / "tp2", 1), "parallel": dict(tensor_model_parallel_size=2, sequence_parallel=True)}
+    assert run_ranks(rounds_checks.train_all, 2, [cut], {}, timeout=400)[0] == [""]
     return base
 
 
@@ -67,8 +69,8 @@ def test_pairs_are_the_policys_own_answers_best_against_worst(folder: Path):
 
 
 def test_every_round_is_anchored_anew(folder: Path):
-    for name in ("whole", "lora"):
-        for number in (1, 2):
+    for name, numbers in (("whole", (1, 2)), ("lora", (1, 2)), ("tp2", (1,))):
+        for number in numbers:
             run = folder / name / f"round_{number}" / "run"
             margins = curve(run, "rewards/margins")
             assert margins[0][1] == pytest.approx(0, abs=1e-5) and abs(margins[-1][1]) > 0.01, (name, number)
@@ -90,3 +92,11 @@ def test_it_goes_on_in_the_middle_of_a_round(folder: Path):
         assert (whole / "run" / "reference" / "train.npy").read_bytes() == (goes / "run" / "reference" / "train.npy").read_bytes()
         assert len(curve(whole / "run", *NAMES)) == 12 and curve(whole / "run", *NAMES) == curve(goes / "run", *NAMES)
     assert (folder / "whole" / "samples.jsonl").read_bytes() == (folder / "goes" / "samples.jsonl").read_bytes()
+
+
+def test_another_layout_draws_the_same_pairs_and_learns_the_same(folder: Path):
+    alone, cut = ((folder / name / "round_1") for name in ("whole", "tp2"))
+    assert (alone / "pairs.jsonl").read_text() == (cut / "pairs.jsonl").read_text()
+    one, two = (curve(here / "run", "loss", "logps/chosen") for here in (alone, cut))
+    for (step, loss, logps), other in zip(one, two, strict=True):
+        assert other == pytest.approx((step, loss, logps), rel=2e-4)
