@@ -97,7 +97,7 @@ def _read(file: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise refuse(f"{file}: not UTF-8 text in YAML ({error})", "save it as UTF-8") from None
     if data is None:
-        return {}
+        raise refuse(f"{file}: holds no key; all defaults are written {{}}", "start from one: megalign recipes copy quickstart FILE")
     if not isinstance(data, dict):
         rule = f"{file}: holds a {type(data).__name__}, not keys"
         raise refuse(rule, "write `section:` and `key: value` below")

@@ -37,8 +37,11 @@ def problems(path: object, *overrides: str) -> dict[str, str]:
     return {problem.field: str(problem) for problem in raised.value.problems}
 
 
-def test_an_empty_file_is_all_defaults(write):
-    assert load_recipe(write("")) == DEFAULTS
+def test_defaults_are_asked_for(write):
+    """An empty file is more often one that was not saved."""
+    for nothing in ("", "# data: later\n", "---\n"):
+        assert "holds no key" in "".join(problems(write(nothing)).values())
+    assert load_recipe(write("{}")) == DEFAULTS
     assert load_recipe(write("model:\n  # hidden_size: 3\ndata: {tokenizer:}\n")) == DEFAULTS
 
 
@@ -86,8 +89,8 @@ def test_an_explicit_null_beats_the_preset_and_a_preset_can_be_an_override(write
 def test_an_override_of_a_section_keeps_its_other_keys(write):
     recipe = load_recipe(write("optimizer: {lr: 3e-4, weight_decay: 0.1}"), ["optimizer={lr: 1e-4}"])
     assert (recipe.optimizer.lr, recipe.optimizer.weight_decay) == (1e-4, 0.1)
-    assert load_recipe(write(""), ["data.tokenizer.path=tok"]).data.tokenizer.path == "tok"
-    assert load_recipe(write(""), ["output=runs/a=b"]).output == "runs/a=b"
+    assert load_recipe(write("{}"), ["data.tokenizer.path=tok"]).data.tokenizer.path == "tok"
+    assert load_recipe(write("{}"), ["output=runs/a=b"]).output == "runs/a=b"
 
 
 def test_overrides_of_a_recipe_in_hand(write):
