@@ -29,6 +29,12 @@ def recipe(preset: str, batch: int = 128, sequence: int = 4096) -> Recipe:
     )
 
 
+@pytest.mark.parametrize("device,links,each", [("a100-80gb", 12, 25), ("h100-80gb", 18, 25), ("h200-141gb", 18, 25), ("b200-180gb", 18, 50)])
+def test_wires_are_counted_one_way(device, links, each):
+    """NVLink of generations 3, 4 and 5: so many links, so many GB/s in each direction. A data sheet adds both."""
+    assert DEVICES[device].link == links * each * 1e9
+
+
 @pytest.mark.parametrize("preset,gpus,algorithm", [("llama3-8b", 8, "sft"), ("llama3-8b", 16, "ppo"), ("mixtral-8x7b", 32, "dpo")])
 def test_what_is_listed_passes_the_validator_and_fits(preset, gpus, algorithm):
     given = recipe(preset)
