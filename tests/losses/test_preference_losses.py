@@ -14,17 +14,24 @@ from megalign.losses import preference
 from megalign.losses.pairs import Pairs, PairTerms
 from megalign.losses.preference import (
     aot_loss,
+    aot_unpaired_loss,
+    apo_down_loss,
+    apo_zero_loss,
     bco_loss,
     cdpo_loss,
     cpo_loss,
+    discopop_loss,
     dpo_loss,
+    exo_loss,
     hinge_loss,
     ipo_loss,
     ipo_sum_loss,
     log1mexp,
+    nca_loss,
     orpo_loss,
     robust_dpo_loss,
     rpo_loss,
+    sigmoid_norm_loss,
     simpo_loss,
     sppo_hard_loss,
 )
@@ -57,6 +64,11 @@ def random_pairs(count: int = 5, seed: int = 0, gradient: bool = False) -> Pairs
     return Pairs(sums[0].requires_grad_(gradient), sums[1].requires_grad_(gradient), tokens[0], tokens[1], sums[2], sums[3])
 
 
+def chance(x: float) -> float:
+    """sigma(x)."""
+    return 1 / (1 + math.exp(-x))
+
+
 GOLDEN = [  # requirement, terms, value to four digits
     ("O1 equal", dpo_loss(equal()), math.log(2)),
     ("O1 .1", dpo_loss(fixture(), beta=0.1), 0.5544),
@@ -73,6 +85,15 @@ GOLDEN = [  # requirement, terms, value to four digits
     ("hinge, far apart", hinge_loss(fixture(), beta=0.5), 0.0),
     ("SPPO", sppo_hard_loss(fixture(), beta=0.1), (1 - 5) ** 2 + (-2 + 5) ** 2),
     ("BCO, shifted", bco_loss(fixture(), beta=0.1, reward_shift=-0.05), math.log1p(math.exp(-0.15)) + math.log1p(math.exp(-0.15))),
+    # Rewards .1 and -.2, their difference .3; per token 1/5 and -2/7.
+    ("DPO per token", sigmoid_norm_loss(fixture(), beta=0.1), math.log1p(math.exp(-0.1 * (1 / 5 + 2 / 7)))),
+    ("EXO", exo_loss(fixture(), beta=0.1, label_smoothing=0.1), chance(0.3) * math.log(chance(0.3) / 0.9) + chance(-0.3) * math.log(chance(-0.3) / 0.1)),
+    ("NCA", nca_loss(fixture(), beta=0.1), -math.log(chance(0.1)) - 0.5 * math.log(chance(-0.1)) - 0.5 * math.log(chance(0.2))),
+    ("BCO", bco_loss(fixture(), beta=0.1), -math.log(chance(0.1)) - math.log(chance(0.2))),
+    ("APO zero", apo_zero_loss(fixture(), beta=0.1), 1 - chance(0.1) + chance(-0.2)),
+    ("APO down", apo_down_loss(fixture(), beta=0.1), chance(0.1) + 1 - chance(0.3)),
+    ("DiscoPOP", discopop_loss(fixture(), beta=0.1, tau=0.05), -math.log(chance(0.3)) * chance(-6.0) + math.exp(-0.3) * chance(6.0)),
+    ("AOT, a single pair", aot_loss(fixture(), beta=0.1, label_smoothing=0.1), 0.5844),
     ("CPO", cpo_loss(fixture(), beta=0.1, nll_weight=1.0), math.log1p(math.exp(-0.4)) + 2),
 ]
 
@@ -94,6 +115,8 @@ def test_kto_golden_numbers():
     assert both.sum.item() == pytest.approx(2 * 0.4800 + 0.5 * 0.4452, abs=2e-4) and both.count == 2
     total, count = both.ratios["rewards/rejected"]
     assert (total / count).item() == pytest.approx(0.1 * -2)
+    plain = apo_zero_unpaired_loss(logprobs, reference, torch.tensor([True, False]), beta=0.1, desirable_weight=2.0, undesirable_weight=0.5)
+    assert plain.sum.item() == pytest.approx(2 * (1 - chance(0.1)) + 0.5 * chance(-0.2))
 
 
 def test_kto_baseline_is_a_constant_and_never_negative():
@@ -200,3 +223,18 @@ def test_log1mexp():
 def test_aot_is_dpo_where_the_order_is_the_same():
     """Sorted margins that are sorted already: one pair, or equal references."""
     assert aot_loss(fixture()).losses_P.item() == dpo_loss(fixture()).losses_P.item()
+
+
+def test_aot_compares_sorted_with_sorted():
+    """Margins 4 and 1 of the policy, 1 and 2 of the reference: 1 - 1 and 4 - 2. Unpaired, log-ratios 1 and -1 against -2 and .5: -1 + 2 and 1 - .5."""
+    zero = numbers(0, 0)
+    paired = Pairs(numbers(-1, -2), numbers(-5, -3), zero + 1, zero + 1, numbers(-1, -1), numbers(-2, -3))
+    assert aot_loss(paired, beta=0.1).losses_P.tolist() == pytest.approx([math.log(2), -math.log(chance(0.2))])
+    unpaired = Pairs(numbers(1, -1), numbers(-2, 0.5), zero + 1, zero + 1, zero, zero)
+    assert aot_unpaired_loss(unpaired, beta=0.1).losses_P.tolist() == pytest.approx([-math.log(chance(0.1)), -math.log(chance(0.05))])
+
+
+def test_every_loss_has_a_closed_form_here():
+    """A new loss comes with one."""
+    source = inspect.getsource(inspect.getmodule(fixture))  # pyright: ignore[reportArgumentType]
+    assert not [name for name in LOSSES if f"{name}(fixture(" not in source and f"{name}(unpaired" not in source]
