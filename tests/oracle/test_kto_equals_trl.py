@@ -1,7 +1,8 @@
 """KTO step by step equals TRL's KTOTrainer: loss, baseline, rewards, log-probs and gradient norm over 8 steps.
 
 The same Hugging Face folder, the shorter rows of kto_en_demo.json as the same token ids, order and AdamW settings; tolerances of the
-oracle conventions: absolute 1e-4 for losses, relative 1e-5 for sums of log-probs. On one rank, TP2, PP2, CP2 and DP2.
+oracle conventions: absolute 1e-4 for losses, relative 1e-5 for sums of log-probs. A Llama on one rank, TP2, PP2, CP2, DP2 and TP2 x PP2;
+a Qwen3-MoE on one rank and EP2.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.oracle
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent / "end_to_end"), str(HERE)]
 import kto_checks  # noqa: E402
+from test_dpo_equals_trl import PP2, TP2, moe_folder  # noqa: E402
 from test_sft_equals_trl import llama_folder  # noqa: E402
 from trl_kto_steps import NAMES  # noqa: E402
 
@@ -31,10 +33,13 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "one": (1, {}, {}),
     "one-model": (1, {}, {"reference": "model"}),
     "one-apo": (1, {}, {"loss": "apo_zero_unpaired"}),
-    "tp2": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, {}),
-    "pp2": (2, {"pipeline_model_parallel_size": 2}, {}),
+    "tp2": (2, TP2, {}),
+    "pp2": (2, PP2, {}),
     "cp2": (2, {"context_parallel_size": 2}, {}),
     "dp2": (2, {}, {}),
+    "tp2-pp2": (4, {**TP2, **PP2}, {}),
+    "moe-one": (1, {}, {}),
+    "moe-ep2": (2, {"expert_model_parallel_size": 2}, {}),
 }
 
 
@@ -44,7 +49,7 @@ def setting(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     from megalign.config.schema import Recipe
     from megalign.data.answers import build_answers
 
-    folder, out = tmp_path_factory.mktemp("llama"), tmp_path_factory.mktemp("runs")
+    folder, experts, out = (tmp_path_factory.mktemp(name) for name in ("llama", "qwen3-moe", "runs"))
     everything = json.loads((shared_data / "demo_formats" / "kto_en_demo.json").read_text())
     short = [row for row in everything if sum(len(message["content"]) for message in row["messages"]) < 1800][:40]
     (out / "short.json").write_text(json.dumps(short))
@@ -61,24 +66,26 @@ def setting(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     train, _ = build_answers(Recipe.model_validate({**base, "model": {}, "output": str(out / "tokenizer")}))
     train.tokenizer.save(folder)
     llama_folder(folder, train.tokenizer.vocab_size)
+    train.tokenizer.save(experts)
+    moe_folder(experts, train.tokenizer.vocab_size)
     rows = [as_trl(train.rows[i][0]) for i in range(STEPS * BATCH)]
     for start in range(0, len(rows), BATCH):  # TRL does not cut: neither may we
         block = rows[start : start + BATCH]
         assert all(len(row["prompt_ids"]) + len(block[i - 1]["completion_ids"]) + 8 <= 2048 for i, row in enumerate(block))
     job = dict(model=str(folder), rows=rows, batch_size=BATCH, steps=STEPS, lr=OPTIMIZER["lr"], **WEIGHTS)
     file = tmp_path_factory.mktemp("job") / "job.json"
-    file.write_text(json.dumps([job, {**job, "loss": "apo_zero_unpaired"}]))
+    file.write_text(json.dumps([job, {**job, "loss": "apo_zero_unpaired"}, {**job, "model": str(experts)}]))
     done = subprocess.run([sys.executable, str(HERE / "trl_kto_steps.py"), str(file)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
     assert done.returncode == 0, done.stderr[-2000:]
-    kto, apo = json.loads(done.stdout.splitlines()[-1])
-    for world in (1, 2):
+    kto, apo, moe = json.loads(done.stdout.splitlines()[-1])
+    for world in (1, 2, 4):
         recipes = [
-            {**base, "output": str(out / name), "parallel": parallel, "kto": {**WEIGHTS, **more}}
+            {**base, "output": str(out / name), "parallel": parallel, "kto": {**WEIGHTS, **more}, "model": {"init_from": str(experts if "moe" in name else folder)}}
             for name, (size, parallel, more) in LAYOUTS.items()
             if size == world
         ]
         assert run_ranks(kto_checks.train_all, world, recipes, timeout=400)[0] == [""] * len(recipes)
-    return {"recipe": base, "out": out, "kto": kto, "apo": apo}
+    return {"recipe": base, "out": out, "kto": kto, "apo": apo, "moe": moe}
 
 
 def as_trl(example: Any) -> dict[str, Any]:
@@ -110,7 +117,7 @@ def compare(ours: list[dict[str, Any]], trl: list[dict[str, float]]) -> tuple[fl
 def test_eight_steps(setting: dict[str, Any], layout: str):
     ours = kto_checks.metrics(setting["out"] / layout)
     assert len(ours) == STEPS
-    trl = setting["apo" if layout.endswith("apo") else "kto"]
+    trl = setting["apo" if layout.endswith("apo") else "moe" if layout.startswith("moe") else "kto"]
     worst, where = compare(ours, trl)
     assert worst <= 1, where
     if not layout.endswith("apo"):
