@@ -42,7 +42,7 @@ def mutants(case: dict[str, Any]) -> dict[str, dict[str, Any]]:
     found = {}
     for name, patch in wrong.items():
         with patch:
-            found[name] = step(case)
+            found[name] = step(case, precise=False)
     return found
 
 
@@ -52,8 +52,8 @@ def references(dataset: Any, swing: float) -> np.ndarray:
     return (-5.9 * tokens + swing * np.cos(2.0 * np.arange(len(tokens))))[:, None]
 
 
-def step(case: dict[str, Any]) -> dict[str, Any]:
-    """Means and full gradients of the first step; on one rank also each document's log-prob on its own."""
+def step(case: dict[str, Any], precise: bool = True) -> dict[str, Any]:
+    """Means and full gradients of the first step, in FP32 and (precise) in FP64; on one rank also each document's log-prob on its own."""
     import os
 
     from dpo_layout_checks import _main_grad
@@ -95,5 +95,37 @@ def step(case: dict[str, Any]) -> dict[str, Any]:
             documents[name] = (found, columns_of(dataset)[REF_LOGPROB][:, 0].tolist())
         documents["desirable"] = columns_of(train)["desirable"][:, 0].tolist()
     rows = [int(row) for batch in mine if batch.values for row in batch.values["row"]]
+    double = in_float64(engine, mine, objective) if precise else {}
     destroy_grid()
-    return {"rows": rows, "means": sums.means(), "count": sums.count, "grads": grads, "documents": documents}
+    return {"rows": rows, "means": sums.means(), "count": sums.count, "grads": grads, "double": double, "documents": documents}
+
+
+def in_float64(engine: Any, mine: Any, objective: Any) -> dict[str, Any]:
+    """Full gradients of the same step on an FP64 copy of the model, which its baseline is computed with too."""
+    from dpo_layout_checks import _main_grad
+
+    from megalign.models.forward import scored_logprobs
+    from megalign.models.weights import named_parameters, stream_full
+    from megalign.parallel.audit.probe import in_double, kept_in_double
+    from megalign.parallel.optimizer import wrap_data_parallel
+    from megalign.parallel.placement import place
+    from megalign.parallel.reduction import attach
+    from megalign.parallel.schedule import forward_backward
+    from megalign.trainer.objective import denominators, scalar_and_sums
+
+    grid = engine.grid
+    objective.prepare(mine)  # a pass without gradient: routers keep numbers of the last one, and those of a graph cannot be copied
+    engine.models = in_double(engine.models, grid)
+    named: Any = [(name, parameter) for name, parameter, _ in named_parameters(engine.models, grid)]
+    placements = place(engine.models, named, grid, hooks=engine.recipe.parallel.reduce_in_backward)
+    engine.chunks = wrap_data_parallel(engine.models, engine.models[0].config, use_distributed_optimizer=False, grad_reduce_in_fp32=False)
+    attach(engine.chunks, placements, grid)
+    counts = denominators(mine, objective.count, 0, grid)
+
+    def forward_step(chunk: Any, batch: Any) -> Any:
+        return scored_logprobs(chunk, batch, grid), lambda output: scalar_and_sums(objective.loss(output, batch), [], counts, 0.0, len(mine), grid)
+
+    with kept_in_double():
+        objective.prepare(mine)
+        forward_backward(engine.chunks, mine, forward_step, grid=grid, tokens_per_microbatch=len(mine[0].tokens))
+    return {name: full.clone() for name, full in stream_full(engine.chunks, grid, value=_main_grad)}

@@ -12,7 +12,7 @@ from ranks import run_ranks
 from test_dpo_layouts import DENSE, MOE, PP2, TP2
 
 BETA, WEIGHTS = 0.1, (1.5, 0.75)
-CELLS = {"tp2": (DENSE, TP2), "pp2": (DENSE, PP2), "cp2": (DENSE, dict(context_parallel_size=2)), "dp2": (DENSE, {}), "moe-ep2": (MOE, dict(expert_model_parallel_size=2))}
+CELLS = {"tp2": (DENSE, TP2), "pp2": (DENSE, PP2), "cp2": (DENSE, dict(context_parallel_size=2)), "dp2": (DENSE, {}), "moe-ep2": (MOE, dict(expert_model_parallel_size=2)), "tp2-pp2": (DENSE, {**TP2, **PP2})}
 
 
 def case(folder: Path, model: dict[str, Any], parallel: dict[str, Any]) -> dict[str, Any]:
@@ -33,9 +33,12 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     alone = {"dense": case(folder, DENSE, {}), "moe": case(folder, MOE, {})}
     results: dict[str, Any] = dict(zip(alone, run_ranks(kto_layout_checks.steps, 1, list(alone.values()))[0]))
     cells = {name: case(folder, model, parallel) for name, (model, parallel) in CELLS.items()}
-    ranks = run_ranks(kto_layout_checks.steps, 2, list(cells.values()))
+    for world in (2, 4):
+        here = [name for name in cells if (4 if name == "tp2-pp2" else 2) == world]
+        ranks = run_ranks(kto_layout_checks.steps, world, [cells[name] for name in here])
+        results |= {name: {**ranks[0][index], "rows": [rank[index]["rows"] for rank in ranks]} for index, name in enumerate(here)}
     results["mutants"] = run_ranks(kto_layout_checks.mutants, 2, cells["dp2"])[0]
-    return results | {name: {**ranks[0][index], "rows": [rank[index]["rows"] for rank in ranks]} for index, name in enumerate(cells)}
+    return results
 
 
 def test_one_process_is_the_formula(found: dict[str, Any]):
@@ -61,6 +64,17 @@ def test_one_process_is_the_formula(found: dict[str, Any]):
 @pytest.mark.parametrize("name", CELLS)
 def test_layout_equals_one_process(found: dict[str, Any], name: str):
     check(found[name], found["moe" if name.startswith("moe") else "dense"])
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_gradients_in_float64(found: dict[str, Any], name: str):
+    """1e-6, the baseline included: in FP64 a layout changes rounding alone."""
+    here, alone = found[name]["double"], found["moe" if name.startswith("moe") else "dense"]["double"]
+    assert here.keys() == alone.keys()
+    for parameter, gradient in alone.items():
+        assert str(gradient.dtype) == "torch.float64" and float(gradient.abs().max()) > 0, parameter
+        difference = float((here[parameter] - gradient).abs().max())
+        assert difference <= 1e-6 * float(gradient.abs().max()), (parameter, difference)
 
 
 def check(here: dict[str, Any], alone: dict[str, Any]) -> None:
