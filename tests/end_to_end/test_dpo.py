@@ -136,13 +136,15 @@ def test_stale_and_wrong_references_are_errors(folder: Path, tmp_path: Path):
         recipe(tmp_path / "b", **cache, data={"max_rows": 20}, **ONE_STEP),
         recipe(tmp_path / "c", dpo={"reference_cache": str(damaged)}, **ONE_STEP),
         halves,
+        recipe(tmp_path / "d", **cache, data={"template": "llama3"}, **ONE_STEP),
     ]
-    model, data, step_zero, seed = run_ranks(dpo_checks.train_all, 1, runs)[0]
+    model, data, step_zero, seed, template = run_ranks(dpo_checks.train_all, 1, runs)[0]
     assert model.startswith("RunError: stale reference log-probs") and "another model;" in model and "remove the folder" in model
     assert data.startswith("RunError: stale reference log-probs") and "train rows" in data
     assert step_zero.startswith("TrainingStopped: training stopped at step 0: policy and reference log-probs differ before the first update (pair ")
     assert "chosen: -" in step_zero and "dpo.reference_from" in step_zero
     assert seed.startswith("RunError") and "trained against another reference" in seed
+    assert template.startswith("RunError: stale reference log-probs") and "template_hash" in template
 
 
 def test_layouts_of_a_whole_run(folder: Path, tmp_path: Path):
@@ -162,6 +164,18 @@ def test_layouts_of_a_whole_run(folder: Path, tmp_path: Path):
         for ours, theirs in zip(curve(tmp_path / name, *NAMES), alone, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-3, abs=2e-4), name
     assert_goes_on(folder, tmp_path / "tp2-from-runs")
+
+
+def test_a_run_whose_chosen_answers_become_less_likely_says_why(tmp_path: Path):
+    """O9, O10: apo_down lowers both answers; the run warns once, with the reason, or stops if asked; it logs what margins have to do with length."""
+    sinking: dict[str, Any] = {"train": {"max_steps": 44}, "optimizer": {"lr": 5e-3}}
+    runs = [recipe(tmp_path / how, dpo={"loss": "apo_down", "on_collapse": how}, **sinking) for how in ("warn", "stop")]
+    warned, stopped = run_ranks(dpo_checks.train_all, 1, runs)[0]
+    (said,) = [line["message"] for line in metrics(tmp_path / "warn", "event") if "chosen answers become less likely" in line["message"]]
+    assert warned == "" and "the loss sees only the difference of the two answers" in said and "dpo.loss=rpo" in said
+    assert stopped.startswith("TrainingStopped") and "chosen answers become less likely" in stopped and len(curve(tmp_path / "stop", "loss")) < 44
+    first, last = metrics(tmp_path / "warn")[0], metrics(tmp_path / "warn")[-1]
+    assert last["loss"] < first["loss"] and last["rewards/chosen"] < -0.2 and -1 <= last["rewards/length_correlation"] <= 1
 
 
 def test_the_report_shows_rewards_and_pairs(folder: Path):
