@@ -62,3 +62,52 @@ def test_shorter_is_better_is_learnt_and_the_audit_says_so(tmp_path: Path):
     length = next(effect for effect in json.loads((tmp_path / "audit.json").read_text())["probes"] if effect["trait"] == "length")
     assert length["flagged"] and length["effect"] < -0.28
     assert "Loss" in (tmp_path / "shorter" / "report.html").read_text()
+
+
+def test_ratings_classes_and_censored_times_are_learnt_and_measured(tmp_path: Path):
+    """How many of six words are warm decides all three; held-out measures of whole runs, against the base rate and counted labels."""
+    numbers, lines = np.random.default_rng(3), []
+    for number in range(420):
+        warm = int(numbers.integers(0, 7))
+        gap, end = float(numbers.exponential(0.2 * 1.8**warm)), float(numbers.exponential(3.0))
+        told = {"time": min(gap, end) + 1e-3, "observed": gap <= end}
+        said = numbers.permutation([*numbers.choice(WARM, warm), *numbers.choice(COLD, 6 - warm)])
+        lines.append({"prompt": f"Say {number}", "completion": " ".join(said) + ".", "labels": {"stars": warm, "kind": warm // 3, "gap": told}})
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    heads = {"stars": {"loss": "ordinal", "classes": 7}, "kind": {"loss": "classification", "classes": 3}, "gap": {"loss": "weibull", "weight": 0.5}}
+    data = {"train": str(tmp_path / "log.jsonl"), "max_rows": None, "validation_rows": 140}
+    run = recipe(tmp_path / "run", rm={"heads": heads}, train={**LONGER, "max_steps": 80}, data=data, logging={"report": True})
+    assert run_ranks(rm_checks.train_all, 1, [run])[0] == [""]
+    found = {name: entry["held_out"] for name, entry in json.loads((tmp_path / "run" / "rewards.json").read_text())["heads"].items()}
+    held_out = [line["labels"] for line in lines[-140:]]
+    assert found["stars"]["spearman_interval"][0] > 0.4, found["stars"]
+    assert found["kind"]["base_rate"] == max(np.bincount([labels["kind"] for labels in held_out])) / 140 < found["kind"]["accuracy_interval"][0], found["kind"]
+    assert found["gap"]["rows"] == 140 and found["gap"]["concordance_interval"][0] > 0.55, found["gap"]
+    assert abs(found["gap"]["censored_share"] - np.mean([not labels["gap"]["observed"] for labels in held_out])) < 1e-9
+    assert "Concordance" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_retraining_with_old_labels_mixed_in_keeps_what_was_learnt(tmp_path: Path):
+    """R23: new pairs teach other words, and happen to have cold ones in the better answer: alone they undo the old pairs, mixed with them they do not."""
+    numbers = np.random.default_rng(2)
+    good, bad = "red blue green gold".split(), "mud ash dust rust".split()
+
+    def write(name: str, count: int, better: tuple[list[str], ...], worse: tuple[list[str], ...]) -> str:
+        def answer(banks: tuple[list[str], ...]) -> str:
+            return " ".join(numbers.permutation([word for bank in banks for word in numbers.choice(bank, 6 // len(banks))])) + "."
+
+        rows = ({"prompt": f"Say {n}", "chosen": answer(better), "rejected": answer(worse)} for n in range(count))
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(tmp_path / f"{name}.jsonl")
+
+    old, new = ((WARM,), (COLD,)), ((good, COLD), (bad, WARM))
+    before, after = write("old", 200, *old), write("new", 200, *new)
+    held = {"max_rows": None, "validation": [write("old-held", 60, *old), write("new-held", 60, *new)]}
+    mixture = [{"name": "new", "path": after, "weight": 0.6}, {"name": "old", "path": before, "weight": 0.4, "kind": "replay"}]
+    first = recipe(tmp_path / "first", train=LONGER, data={**held, "train": before})
+    again = [recipe(tmp_path / name, train={**LONGER, "max_steps": 60}, data={**held, **data}) for name, data in (("alone", {"train": after}), ("mixed", {"mixture": mixture}))]
+    assert run_ranks(rm_checks.train_all, 1, [first, *({**run, "model": {"init_from": str(tmp_path / "first")}} for run in again)])[0] == [""] * 3
+    held_out = {name: json.loads((tmp_path / name / "rewards.json").read_text())["heads"]["reward"]["held_out"] for name in ("first", "alone", "mixed")}
+    accuracy = {name: found["accuracy"] for name, found in held_out.items()}
+    assert held_out["mixed"]["pairs"] == 120 and accuracy["mixed"] > 0.9, accuracy
+    assert accuracy["first"] < 0.75 and accuracy["alone"] < 0.75, "each of one kind alone: half of the other kind is lost"
