@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import rm_checks
@@ -92,8 +93,8 @@ def test_retraining_with_old_labels_mixed_in_keeps_what_was_learnt(tmp_path: Pat
     numbers = np.random.default_rng(2)
     good, bad = "red blue green gold".split(), "mud ash dust rust".split()
 
-    def write(name: str, count: int, better: tuple[list[str], ...], worse: tuple[list[str], ...]) -> str:
-        def answer(banks: tuple[list[str], ...]) -> str:
+    def write(name: str, count: int, better: tuple[list[Any], ...], worse: tuple[list[Any], ...]) -> str:
+        def answer(banks: tuple[list[Any], ...]) -> str:
             return " ".join(numbers.permutation([word for bank in banks for word in numbers.choice(bank, 6 // len(banks))])) + "."
 
         rows = ({"prompt": f"Say {n}", "chosen": answer(better), "rejected": answer(worse)} for n in range(count))
