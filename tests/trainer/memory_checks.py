@@ -127,3 +127,36 @@ def _measure(recipe: Recipe, vocabulary: int, documents: int) -> dict[str, int]:
 
 def _bytes(tensors: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def beside_the_policy(cases: list[tuple[dict[str, Any], int]]) -> list[dict[str, int]]:
+    """Of each (recipe, vocabulary) on this rank: bytes of the moving average, of a reference, and of the cache of rollouts."""
+    from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+
+    from megalign.config.layout import layout_of
+    from megalign.parallel.grid import destroy_grid
+    from megalign.rollout.decoder import Decoder
+    from megalign.rollout.switch import generating
+    from megalign.trainer.engine import Engine
+    from megalign.trainer.reference import ReferenceModel
+    from megalign.trainer.run import grid_of
+
+    found = []
+    for given, vocabulary in cases:
+        get_moe_layer_wise_logging_tracker().clear()
+        recipe = Recipe.model_validate(given)
+        grid: Any = grid_of(recipe, None)  # pyright: ignore[reportArgumentType]
+        engine, reference = Engine(recipe, grid, vocabulary), ReferenceModel(recipe, grid, vocabulary)
+        sequences = recipe.train.global_batch_size // layout_of(recipe, grid.world).dp
+        with generating(engine.models):
+            decoder = Decoder(engine.models, grid, torch.zeros(sequences, dtype=torch.long), recipe.data.sequence_length)
+            decoder.step(torch.zeros(sequences, 3, dtype=torch.long))
+        assert engine.shadow is not None
+        found.append({
+            "stage": grid.pipeline.rank,
+            "average": _bytes(engine.shadow.values),
+            "reference": _bytes(p for model in reference.engine.models for p in model.parameters()),
+            "kv_cache": _bytes(tensor for pair in decoder.context.key_value_memory_dict.values() for tensor in pair),
+        })  # fmt: skip
+        destroy_grid()
+    return found

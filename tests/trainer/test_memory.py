@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from memory_checks import measure
+from memory_checks import beside_the_policy, measure
 from ranks import run_ranks
 
 from megalign.config.memory import memory_per_rank
@@ -99,3 +99,24 @@ def test_planned_memory_is_measured_memory(world: int):
                 if plan[part] != pytest.approx(found[part], rel=0.1)
             ]
     assert not wrong, "\n".join(wrong)
+
+
+BESIDE = {
+    1: [case(DENSE, {}, ema_decay=0.9), case(MOE, {}, precision="bf16", ema_decay=0.9), case(LATENT, {}, ema_decay=0.9)],
+    2: [case(DENSE, {"tp": 2, "sp": True}, ema_decay=0.9), case(MOE, {"ep": 2}, precision="bf16", ema_decay=0.9)],
+    4: [case({**MOE, "num_layers": 5}, {"tp": 2, "pp": 2, "sp": True, "ep": 2, "num_layers_in_first_pipeline_stage": 3}, ema_decay=0.9)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("world", BESIDE)
+def test_what_stands_beside_the_policy_is_measured_too(world: int):
+    """The average, a second model as reference, and the cache as rollouts allocate it: to 1 %."""
+    ranks = run_ranks(beside_the_policy, world, [(given, VOCABULARY) for given in BESIDE[world]])
+    for number, given in enumerate(BESIDE[world]):
+        dpo, grpo = (memory_per_rank(Recipe.model_validate(given), VOCABULARY, world, algorithm=name, device="cpu") for name in ("dpo", "grpo"))
+        for found in (rank[number] for rank in ranks):
+            stage = found["stage"]
+            planned = {"average": dpo[stage]["average"], "reference": dpo[stage]["reference"], "kv_cache": grpo[stage]["kv_cache"]}
+            measured = {part: found[part] for part in planned}
+            assert measured == pytest.approx(planned, rel=0.01), (given["parallel"], given["train"], stage)
+            assert all(measured.values())
