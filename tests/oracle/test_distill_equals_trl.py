@@ -4,6 +4,8 @@ Teacher and student are exported, both run by transformers in FP32 on the same r
 its GKDTrainer is applied with our scored tokens as labels: shift, mask, temperature and denominator are all TRL's.
 """
 
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import sys
