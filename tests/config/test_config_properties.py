@@ -19,6 +19,7 @@ from megalign.config.layout import effective_batch, layout_of, total_steps, worl
 from megalign.config.load import RECIPES, apply_overrides, dump_recipe, list_recipes, load_recipe
 from megalign.config.rules import check
 from megalign.config.schema import Recipe, Section
+from megalign.config.stages import stage_layers
 from megalign.config.suggest import known_keys
 from megalign.config.yaml12 import write_yaml
 
@@ -148,7 +149,8 @@ def test_every_valid_recipe_survives_and_is_judged(tmp_path: Path, data: dict[st
         assert error.problems and all(problem.field in known for problem in error.problems)
         return
     assert layout.tp * layout.pp * layout.cp * layout.dp == layout.world == world_size_of(recipe)
-    assert recipe.model.num_layers % (layout.pp * layout.vpp) == 0 and recipe.model.num_attention_heads % layout.tp == 0
+    chunks = stage_layers(recipe, layout)  # stages may be uneven
+    assert len(chunks) == layout.pp and sum(map(sum, chunks)) == recipe.model.num_layers and recipe.model.num_attention_heads % layout.tp == 0
     assert layout.microbatches * recipe.train.micro_batch_size * layout.dp == recipe.train.global_batch_size
     assert layout.world % (layout.etp * layout.ep * layout.pp) == 0
 
