@@ -118,11 +118,11 @@ def describe_failure(failures: Iterable[RankFailure], ranks: int, log_folder: Pa
     return f"{first.traceback}\nerror: rank {first.rank} of {ranks} failed first: {first.message}\nlogs of the other ranks: {log_folder}"
 
 
-def record_failure(error: BaseException, expected: bool) -> None:
+def record_failure(error: BaseException, expected: bool, says: bool | None = None) -> None:
     """Leave this rank's error for the launcher (torchelastic's error file), or print it if there is none.
 
-    torchrun shows the file of every rank that failed, in a frame of its own; above it the first rank of a machine says an
-    expected error in one line.
+    torchrun shows the file of a rank that failed, in a frame of its own; above it one rank says an expected error in one
+    line. says: whether it is this one; None: if it is the first of its machine.
     """
     import time
     import traceback
@@ -143,7 +143,7 @@ def record_failure(error: BaseException, expected: bool) -> None:
             _elsewhere(os.environ.get(LAUNCHER, ""), os.environ.get("RANK", "0")).write_text(content)
     first, ours = os.environ.get("LOCAL_RANK") == "0", os.environ.get("TORCHELASTIC_RUN_ID") == RUN_ID
     if expected and not ours:
-        if first:
+        if first if says is None else says:
             print(f"error: {message}", file=sys.stderr, flush=True)
     elif not first:  # its log; what the first rank writes is on the terminal, where `launch` says it
         print(text, file=sys.stderr, flush=True)

@@ -225,7 +225,7 @@ class Watch:
         )
         with contextlib.suppress(OSError):
             (self.folder / "verdict").write_text(message)
-        self._end(message)
+        self._end(message, judge=True)
 
     def _leave(self) -> None:
         """Leave stacks, wait for the verdict, and leave."""
@@ -236,10 +236,11 @@ class Watch:
             time.sleep(0.1)
             with contextlib.suppress(OSError):
                 message = (self.folder / "verdict").read_text()
-        self._end(message or f"a rank hung; its judge has not said which. Stacks of all ranks: {self.folder}/rank_*.stacks")
+        self._end(message or f"a rank hung; its judge has not said which. Stacks of all ranks: {self.folder}/rank_*.stacks", judge=not message)
 
-    def _end(self, message: str) -> None:
-        record_failure(RankHung(message), expected=True)
+    def _end(self, message: str, judge: bool) -> None:
+        # The judge says it: once it leaves, the others' collectives fail, and their main threads may end them before they have read it.
+        record_failure(RankHung(message), expected=True, says=judge)
         os._exit(1)  # the training thread may wait for ever
 
     def _dump(self) -> None:
