@@ -27,6 +27,7 @@ from seeded_injections import (
 )
 from seeded_layouts import Fault
 from seeded_second import SECOND
+from seeded_third import THIRD
 
 FIRST: dict[str, Fault] = {
     # initialisation
@@ -77,4 +78,4 @@ FIRST: dict[str, Fault] = {
     "added late": Fault("data", "running", late_parameter, "late_scale", "LATE"),
 }  # fmt: skip
 
-FAULTS = {**FIRST, **SECOND}
+FAULTS = {**FIRST, **SECOND, **THIRD}
