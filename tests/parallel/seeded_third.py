@@ -15,7 +15,6 @@ from seeded_injections import (
     loss_scale,
     named,
     scaled_sums,
-    sent_by_nobody,
     shifted,
     state,
 )
@@ -57,10 +56,9 @@ def gradient_written_over(engine: Any) -> None:
 
 
 THIRD: dict[str, Fault] = {
-    "query norm off on one data rank of a stage": Fault("stages, data", "built", shifted("q_layernorm", rank=3), "q_layernorm", "INITIALISATION"),
+    "query norm off on one data rank of a stage": Fault("stages, data", "built", shifted("q_layernorm", rank=3, by=0.125), "q_layernorm", "INITIALISATION"),
     "position table off on one tensor rank": Fault("tensor", "built", shifted("position_embeddings"), "position_embeddings", "INITIALISATION"),
     "router rounded on one rank": Fault("expert", "built", rounded_on_one_rank, r"router\.weight", "INITIALISATION"),
-    "hook of the query norm gone": Fault("tensor", "code", sent_by_nobody("q_layernorm"), "q_layernorm", "MISSING_SUM"),
     "norm flag of the first layer removed": Fault("tensor, megatron's sums", "placed", flags("layers.0.pre_mlp_layernorm", sequence_parallel=False), r"layers\.0\.pre_mlp_layernorm", "MISSING_SUM"),
     "the router's sum is half too large": Fault("tensor", "code", scaled_sums(1.5, "router"), r"router\.weight", "TOO_LARGE", probe=True),
     "dense gradients averaged twice": Fault("expert", "code", ddp_factor(False, 0.5), r"^(?!.*local_experts)", "TOO_SMALL", probe=True),

@@ -11,7 +11,7 @@ import pytest
 import seeded_runs
 from layout_matrix import chunks, covering_array, short_array
 from ranks import run_ranks
-from seeded_faults import FAULTS, FIRST, SECOND
+from seeded_faults import FAULTS, FIRST, SECOND, THIRD
 from seeded_layouts import LAYOUTS
 from seeded_runs import judged
 
@@ -32,8 +32,8 @@ def test_a_fault_is_caught(name: str):
     assert judged(name, found)[0] == "caught", found[:6]
 
 
-def test_both_sets():
-    assert len(FIRST) >= 30 and len({fault.layout for fault in FIRST.values()}) >= 4 and len(SECOND) >= 10
+def test_all_sets():
+    assert len(FIRST) >= 30 and len({fault.layout for fault in FIRST.values()}) >= 4 and len(SECOND) >= 10 and len(THIRD) >= 10
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
