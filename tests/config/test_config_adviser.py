@@ -51,6 +51,15 @@ def test_what_is_listed_passes_the_validator_and_fits(preset, gpus, algorithm):
         assert max(stage["total"] for stage in stages) == candidate.memory <= 0.9 * 80e9
 
 
+def test_what_the_validator_refuses_is_not_listed():
+    """12 rows a step: no share for 8 data ranks."""
+    given = recipe("llama3-8b", batch=12)
+    advice = advise(given, PRESETS["llama3-8b"]["vocab_size"], 16, H100)
+    assert advice.refused and advice.candidates and 8 not in {candidate.layout.dp for candidate in advice.candidates}
+    for candidate in advice.candidates:
+        check(candidate.recipe, 16)
+
+
 def test_what_cannot_fit_says_by_how_much():
     advice = advise(recipe("llama3-70b"), 128256, 8, H100)
     # 18 bytes a parameter over 8 GPUs at best: 70.55e9 * 18 / 8 = 159 GB
